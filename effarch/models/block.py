@@ -1,0 +1,60 @@
+"""A block: a mixer along time and an ffn along channels, each normed and residual."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from effarch.models.context import Context
+from effarch.models.layers import norm
+
+PLACEMENTS = ("pre", "post", "peri")
+
+
+class Residual(nnx.Module):
+    """The norms around one branch F.
+
+    pre: x + F(N(x)); post: N(x + F(x)); peri: x + N_out(F(N_in(x))) (Peri-LN, arXiv 2502.02732).
+    """
+
+    def __init__(self, width: int, *, placement: str = "pre", eps: float = 1e-6, param_dtype=jnp.float32):
+        if placement not in PLACEMENTS:
+            raise ValueError(
+                f"model.norm.placement={placement!r} is not known; use {', '.join(PLACEMENTS)}."
+            )
+        self.placement = placement
+        if placement in ("pre", "peri"):
+            self.norm_in = norm.RMSNorm(width, eps=eps, param_dtype=param_dtype)
+        if placement in ("post", "peri"):
+            self.norm_out = norm.RMSNorm(width, eps=eps, param_dtype=param_dtype)
+
+    def enter(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the branch reads."""
+        return x_BTD if self.placement == "post" else self.norm_in(x_BTD)
+
+    def leave(self, x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"]):
+        """The stream after the branch gave y."""
+        if self.placement == "post":
+            return self.norm_out(x_BTD + y_BTD)
+        return x_BTD + (self.norm_out(y_BTD) if self.placement == "peri" else y_BTD)
+
+
+class Block(nnx.Module):
+    """(x, ctx, cache) -> (x, cache, aux); `ffn` may be None."""
+
+    def __init__(self, width: int, *, mixer, ffn, norm_placement: str, norm_eps: float, param_dtype):
+        options = dict(placement=norm_placement, eps=norm_eps, param_dtype=param_dtype)
+        self.mixer = mixer
+        self.mixer_residual = Residual(width, **options)
+        self.ffn = ffn
+        if ffn is not None:
+            self.ffn_residual = Residual(width, **options)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], ctx: Context, cache=None):
+        """Returns the stream, the mixer's cache and the aux of mixer and ffn together."""
+        y, cache, aux = self.mixer(self.mixer_residual.enter(x_BTD), ctx, cache)
+        x_BTD = self.mixer_residual.leave(x_BTD, y)
+        if self.ffn is not None:
+            y, ffn_aux = self.ffn(self.ffn_residual.enter(x_BTD), ctx)
+            x_BTD = self.ffn_residual.leave(x_BTD, y)
+            aux = aux | ffn_aux
+        return ctx.shard(x_BTD, "batch", "time", None), cache, aux

@@ -1,0 +1,87 @@
+"""From `config.model` to a model: the only reader of the model config."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effarch.models import block as block_lib
+from effarch.models import ffns, language_model, layer_language, mixers, parameters, registry, stack
+from effarch.models.layers import embedding, linear, norm
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def model(config, *, vocab_size: int, rngs: nnx.Rngs) -> language_model.LanguageModel:
+    """The model that `config` (the `model` section) describes, with fresh parameters."""
+    dtype, param_dtype = activation_dtype(config.dtype), DTYPES[config.param_dtype]
+    shared = dict(init_std=config.init_std, dtype=dtype, param_dtype=param_dtype)
+    layers: dict[str, nnx.Module] = {}
+    runs = []
+    for run in layer_language.runs(config.layers, config.depth):
+        names = []
+        for position, layer in enumerate(run.period):
+            name = parameters.stack_name(run.start + position, len(run.period), run.repeats)
+            make = _block_maker(config, layer, shared)
+            layers[name] = stack.stacked(make, rngs.params(), run.repeats)
+            names.append(name)
+        runs.append(tuple(names))
+
+    def make_norm():
+        return norm.RMSNorm(config.width, eps=config.norm.eps, param_dtype=param_dtype)
+
+    head = None
+    if not config.tied_head:
+        sizes = (config.width, vocab_size)
+        head = linear.Linear(*sizes, axes=("embed", "vocab"), rngs=rngs, **shared)
+    return language_model.LanguageModel(
+        embed=embedding.Embedding(vocab_size, config.width, rngs=rngs, **shared),
+        layers=layers,
+        runs=tuple(runs),
+        embed_norm=make_norm() if config.norm.embed else None,
+        final_norm=make_norm() if config.norm.placement != "post" else None,
+        head=head,
+        logit_softcap=config.logit_softcap,
+        z_loss=config.z_loss,
+        unroll=unrolled(config.scan),
+        remat=config.remat,
+    )
+
+
+def abstract(config, *, vocab_size: int) -> language_model.LanguageModel:
+    """The same model with shapes in place of arrays; nothing is allocated."""
+    return nnx.eval_shape(lambda: model(config, vocab_size=vocab_size, rngs=nnx.Rngs(0)))
+
+
+def activation_dtype(name: str):
+    """`auto` is bfloat16 on accelerators and float32 on CPUs."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return DTYPES[name]
+
+
+def unrolled(scan: str) -> bool:
+    """Whether the periods are unrolled; `auto` does so on CPUs, where it is faster."""
+    return scan == "never" or (scan == "auto" and jax.default_backend() == "cpu")
+
+
+def _block_maker(config, layer: layer_language.Layer, shared) -> Callable[[nnx.Rngs], nnx.Module]:
+    def make(rngs: nnx.Rngs) -> block_lib.Block:
+        supplied = dict(shared, norm_eps=config.norm.eps, rngs=rngs)
+        return block_lib.Block(
+            config.width,
+            mixer=_construct(config, mixers.KINDS, layer.mixer, supplied),
+            ffn=None if layer.ffn == "none" else _construct(config, ffns.KINDS, layer.ffn, supplied),
+            norm_placement=config.norm.placement,
+            norm_eps=config.norm.eps,
+            param_dtype=shared["param_dtype"],
+        )
+
+    return make
+
+
+def _construct(config, kinds, name: str, supplied: dict):
+    section = dict(config.blocks[name])
+    constructor = kinds[section.pop("kind")]
+    return constructor(config.width, **section, **registry.accepted(constructor, supplied))

@@ -1,0 +1,140 @@
+"""Softmax attention: Attention Is All You Need, arXiv 1706.03762; grouped heads, arXiv 2305.13245.
+
+    q, k, v = split(x W_q), split(x W_k), split(x W_v);  o = softmax(q k^T / sqrt(K) + mask) v W_o
+
+Options: rotary positions or none, RMS-normed queries and keys per head (Qwen3), a sliding window and a
+soft-cap on the scores (Gemma-2), a sigmoid gate on the output (Qwen3-Next, arXiv 2505.06708).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from effarch.kernels.attention import api as attention
+from effarch.models.context import Context
+from effarch.models.layers import kv_cache, linear, norm, rotary
+
+
+class Attention(nnx.Module):
+    """Causal attention.  D*K*(2 H + 2 G) parameters (+ D*H*K with gate), 2*S*H*K FLOPs over S tokens."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope: bool = True,
+        rope_theta: float = 10000.0,
+        rope_fraction: float = 1.0,
+        qk_norm: bool = False,
+        window: int | None = None,
+        softcap: float | None = None,
+        use_gate: bool = False,
+        backend: str | None = None,
+        norm_eps: float = 1e-6,
+        init_std: float = 0.02,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """`window`: tokens each query sees, itself included. None means: num_kv_heads = num_heads,
+        head_dim = width / num_heads, no window, no soft-cap, the fastest backend."""
+        num_kv_heads = num_kv_heads or num_heads
+        head_dim = head_dim or width // num_heads
+        _check(width, num_heads, num_kv_heads, head_dim, rope, rope_fraction, window)
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.rope, self.rope_theta, self.rope_fraction = rope, rope_theta, rope_fraction
+        self.window, self.softcap, self.backend, self.dtype = window, softcap, backend, dtype
+        self.qk_norm, self.use_gate = qk_norm, use_gate
+        shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        columns, rows = ("embed", "heads"), ("heads", "embed")
+        self.q = linear.Linear(width, num_heads * head_dim, axes=columns, **shared)
+        self.k = linear.Linear(width, num_kv_heads * head_dim, axes=columns, **shared)
+        self.v = linear.Linear(width, num_kv_heads * head_dim, axes=columns, **shared)
+        self.out = linear.Linear(num_heads * head_dim, width, axes=rows, **shared)
+        if use_gate:
+            self.gate = linear.Linear(width, num_heads * head_dim, axes=columns, **shared)
+        if qk_norm:
+            self.q_norm = norm.RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype)
+            self.k_norm = norm.RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], ctx: Context, cache: dict | None = None):
+        """Returns (y [B,T,D], cache, aux)."""
+        positions = ctx.token_positions(x_BTD)
+        q, k, v = self._project(x_BTD, ctx, positions)
+        options = dict(window=self.window, softcap=self.softcap, backend=self.backend)
+        if cache is None:
+            o = attention.attention(q, k, v, segment_ids=ctx.segment_ids, **options)
+        else:
+            o, cache = self._attend_cached(q, k, v, ctx, positions, cache, options)
+        o_BTF = o.reshape(*o.shape[:2], -1)
+        if self.use_gate:
+            o_BTF = o_BTF * jax.nn.sigmoid(self.gate(x_BTD))
+        return self.out(ctx.shard(o_BTF, "batch", "time", "heads")), cache, {}
+
+    def _project(self, x_BTD, ctx: Context, positions):
+        def heads(y_BTF, count):
+            y = y_BTF.reshape(*y_BTF.shape[:2], count, self.head_dim)
+            return ctx.shard(y, "batch", "time", "heads", None)
+
+        q = heads(self.q(x_BTD), self.num_heads)
+        k = heads(self.k(x_BTD), self.num_kv_heads)
+        v = heads(self.v(x_BTD), self.num_kv_heads)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope:
+            turn = dict(theta=self.rope_theta, fraction=self.rope_fraction)
+            q, k = rotary.rotate(q, positions, **turn), rotary.rotate(k, positions, **turn)
+        return q, k, v
+
+    def _attend_cached(self, q, k, v, ctx: Context, positions, cache, options):
+        """Attends to what the cache holds and to the new tokens, then stores the new tokens."""
+        if ctx.segment_ids is None:
+            valid = jnp.ones(positions.shape, bool)
+        else:
+            valid = ctx.segment_ids != 0
+        new_positions = jnp.where(valid, positions, -1)
+        o = attention.attention(
+            q,
+            jnp.concatenate([cache["k"], k.astype(cache["k"].dtype)], axis=1),
+            jnp.concatenate([cache["v"], v.astype(cache["v"].dtype)], axis=1),
+            q_positions=new_positions,
+            kv_positions=jnp.concatenate([cache["positions"], new_positions], axis=1),
+            **options,
+        )
+        return o, kv_cache.append(cache, k, v, positions, valid)
+
+    def init_cache(self, batch: int, length: int) -> dict:
+        """An empty cache for sequences of up to `length` tokens (a ring of `window` if set)."""
+        slots = min(length, self.window) if self.window else length
+        sizes = (self.num_kv_heads, self.head_dim, self.head_dim)
+        return kv_cache.init(batch, slots, *sizes, self.dtype)
+
+    def forward_flops(self, seq_len: int) -> float:
+        """Scores and values per token, causal average over the sequence; projections not included."""
+        window = min(self.window or seq_len, seq_len)
+        # The mean number of visible keys of the causal convention: half, not half plus a half.
+        visible = seq_len / 2 if window == seq_len else window * (1 - (window - 1) / (2 * seq_len))
+        return 4.0 * visible * self.num_heads * self.head_dim
+
+
+def _check(width, num_heads, num_kv_heads, head_dim, rope, rope_fraction, window) -> None:
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"attention: num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}."
+        )
+    if head_dim * num_heads != width and head_dim == width // num_heads:
+        raise ValueError(
+            f"attention: width {width} is not a multiple of num_heads={num_heads}; "
+            "change num_heads or give head_dim."
+        )
+    if rope and int(head_dim * rope_fraction) % 2:
+        raise ValueError(
+            f"attention: rotary positions need an even number of channels, got head_dim={head_dim} "
+            f"x rope_fraction={rope_fraction}."
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window={window} must be at least 1, or None for no window.")

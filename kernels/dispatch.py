@@ -1,0 +1,53 @@
+"""Choosing the backend of a kernel.
+
+A backend that cannot run a case raises `Unsupported` while it is traced. Without a named backend the
+next one is tried and one log line says why; a named backend never falls back.
+"""
+
+import functools
+import importlib
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+
+
+class Unsupported(Exception):
+    """Raised by a backend at trace time: this platform or shape is not for it, with the reason."""
+
+
+def preferred(backends: Sequence[str]) -> tuple[str, ...]:
+    """The backends worth trying on the default device, fastest first; always ends with `xla`."""
+    platform = jax.default_backend()
+    native = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform)
+    return tuple(name for name in (native, "xla") if name in backends)
+
+
+def call(folder: str, op: str, backends: Sequence[str], backend: str | None, *args, **kwargs):
+    """Runs the operation `op` of `effarch.kernels.<folder>` on the named or the best backend.
+
+    Each backend is the module `effarch.kernels.<folder>.<backend>` with a function named `<op>`.
+    Raises ValueError for an unknown backend and `Unsupported` if a named backend cannot run.
+    """
+    if backend is not None:
+        if backend not in backends:
+            raise ValueError(
+                f"{op}: backend {backend!r} does not exist; choose one of {', '.join(backends)}."
+            )
+        return _load(folder, op, backend)(*args, **kwargs)
+    for name in preferred(backends):
+        try:
+            return _load(folder, op, name)(*args, **kwargs)
+        except Unsupported as why:
+            _log_once(f"{op}: not {name}: {why}")
+    raise AssertionError(f"{op}: the xla backend must support every case")
+
+
+def _load(folder: str, op: str, backend: str):
+    module = importlib.import_module(f"effarch.kernels.{folder}.{backend}")
+    return getattr(module, op)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.info("%s", message)

@@ -29,12 +29,15 @@ class Layout:
 
     def spec(self, logical: Sequence[str | None]) -> PartitionSpec:
         """Mesh axes of each dimension; a mesh axis serves the first dimension that asks for it."""
-        table, used, entries = dict(self.rules), set(), []
+        return PartitionSpec(*(mesh_axes or None for mesh_axes in self._mesh_axes(logical)))
+
+    def _mesh_axes(self, logical: Sequence[str | None]) -> list[tuple[str, ...]]:
+        table, used, found = dict(self.rules), set(), []
         for axis in logical:
             mesh_axes = tuple(name for name in table.get(axis, ()) if name not in used)
             used.update(mesh_axes)
-            entries.append(mesh_axes or None)
-        return PartitionSpec(*entries)
+            found.append(mesh_axes)
+        return found
 
     def sharding(self, logical: Sequence[str | None]) -> NamedSharding:
         """Where an array with these logical axes lies."""
@@ -48,8 +51,8 @@ class Layout:
 
     def check(self, name: str, shape: Sequence[int], logical: Sequence[str | None]) -> None:
         """Raises ValueError, naming array and axis, if a dimension cannot be split evenly."""
-        for size, axis, mesh_axes in zip(shape, logical, self.spec(logical)):
-            parts = math.prod(self.mesh.shape[mesh_axis] for mesh_axis in mesh_axes or ())
+        for size, axis, mesh_axes in zip(shape, logical, self._mesh_axes(logical)):
+            parts = math.prod(self.mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
             if size % parts:
                 names = " x ".join(mesh_axes)
                 raise ValueError(

@@ -1,0 +1,1 @@
+"""Shipped configs: `--config=quickstart` or `--config=configs/quickstart.py`."""

@@ -1,0 +1,208 @@
+"""The default config, and what every config passes through: parse, check, freeze, fingerprint.
+
+A config file has `get_config(arg="")` that starts from `default()` and changes fields. `python -m
+effarch.train --config=FILE --config.some.field=value` overrides them. `finish` then checks the whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict, config_dict
+
+from effarch.models import ffns, mixers, registry
+from effarch.training import optimizers
+
+IDENTITY_FREE = ("mesh", "log", "checkpoint")
+"""Sections that do not change what is computed, and so are not part of the fingerprint."""
+
+
+def default() -> ConfigDict:
+    """A small transformer on the Python standard library; every field with its meaning."""
+    c = ConfigDict()
+    c.name = "run"  # names the run folder
+    c.seed = 0  # initial parameters, data order and everything else random
+
+    c.data = ConfigDict()
+    c.data.sources = ("embedded:stdlib",)  # embedded:NAME, files:GLOB; several make a mixture
+    c.data.weights = ()  # share of tokens of each source; () is in proportion to their sizes
+    c.data.tokenizer = "bpe:4096"  # bytes, bpe:SIZE, file:PATH
+    c.data.val_permille = 20  # documents in a thousand that are held out, by hash of their text
+    c.data.path = ""  # a folder made by effarch.prepare_data; then the three above are unused
+    c.data.cache_dir = ""  # where prepared sources are kept; "" is ~/.cache/effarch
+    c.data.seq_len = 256  # tokens a row
+    c.data.batch_size = 16  # rows a step, over all devices
+
+    c.model = _default_model()
+    c.optimizer = _default_optimizer()
+
+    c.train = ConfigDict()
+    c.train.num_steps = 1000
+    c.train.accumulate = 1  # micro-batches a step
+    c.train.spike_factor = 0.0  # skip updates whose gradient norm is this often the usual one; 0 off
+    c.train.max_bad_steps = 10  # give up after so many skipped updates in a row (NaN or spike)
+
+    c.eval = ConfigDict()
+    c.eval.every_steps = 250  # 0: only at the end
+    c.eval.max_batches = 0  # batches of an evaluation in the loop, 0 is all; the last one takes all
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = 250  # 0: only at the end
+    c.checkpoint.keep = 2  # newest checkpoints kept
+    c.checkpoint.keep_period = 0  # checkpoints at multiples of this stay for good; 0 off
+
+    c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
+    c.mesh.data = 1  # replicas of the parameters
+    c.mesh.fsdp = -1  # pieces of the parameters, gathered when used
+    c.mesh.expert = 1  # pieces of the experts
+    c.mesh.context = 1  # pieces of the sequence
+    c.mesh.tensor = 1  # pieces of heads and channels
+
+    c.log = ConfigDict()
+    c.log.every_steps = 10  # steps between lines of metrics.jsonl
+    c.log.tensorboard = True
+    c.log.sample_prompts = ("def ", "import ", "The ")  # continued at the end of the run
+    c.log.sample_tokens = 128
+    return c
+
+
+def _default_model() -> ConfigDict:
+    m = ConfigDict()
+    m.width = 256  # channels of the residual stream
+    m.depth = 8  # number of layers
+    m.layers = "attention/glu"  # which block at which layer: effarch/models/layer_language.py
+    m.vocab_size = 0  # 0 takes the tokenizer's size
+    m.tied_head = True  # the output matrix is the transposed token table
+    m.norm = ConfigDict()
+    m.norm.placement = "pre"  # pre, post or peri
+    m.norm.embed = False  # also after the embedding
+    m.norm.eps = 1e-6
+    m.logit_softcap = config_dict.placeholder(float)  # c: logits become c tanh(logits / c)
+    m.z_loss = 0.0  # weight of logsumexp(logits)^2 in the loss
+    m.init_std = 0.02  # standard deviation of initial weights
+    m.dtype = "auto"  # activations: float32, bfloat16; auto: bfloat16 except on CPUs
+    m.param_dtype = "float32"  # master weights
+    m.scan = "auto"  # equal periods of layers as a loop: always, never; auto: except on CPUs
+    m.remat = "none"  # kept for the backward pass: none (all), dots, weight_dots, full (inputs)
+    m.blocks = ConfigDict()  # the sections that model.layers names; their options: the constructors
+    for kind in (*mixers.KINDS, *ffns.KINDS):
+        m.blocks[kind] = block(kind)
+    return m
+
+
+def _default_optimizer() -> ConfigDict:
+    o = ConfigDict()
+    o.kind = "adamw"  # adamw, muon
+    o.learning_rate = 1e-3  # peak
+    o.schedule = ConfigDict()
+    o.schedule.kind = "cosine"  # cosine, wsd, constant
+    o.schedule.warmup_steps = 100
+    o.schedule.final_fraction = 0.1  # last learning rate / peak; cosine and wsd
+    o.schedule.decay_fraction = 0.2  # wsd: part of the steps spent decaying
+    o.schedule.decay_shape = "1-sqrt"  # wsd: linear, 1-sqrt, cosine
+    o.clip_norm = 1.0  # largest gradient norm; 0 off
+    o.rules = ()  # "layers/*/mixer/rate/* lr=0.1 decay=0": settings by public path
+    for kind in optimizers.KINDS:
+        o[kind] = ConfigDict(optimizers.options(kind))
+    return o
+
+
+def block(kind: str, **options) -> ConfigDict:
+    """A section for `config.model.blocks`: a mixer or ffn of a kind, with some options set.
+
+    `c.model.blocks.local = config.block("attention", window=512)` makes `local/glu` a block.
+    """
+    constructor = registry.lookup({**mixers.KINDS, **ffns.KINDS}, kind, "model.blocks kind")
+    section = registry.section(constructor)
+    for name, value in options.items():
+        if name not in section:
+            raise ValueError(f"{kind}.{name} is not an option. {registry.did_you_mean(name, section)}")
+        section[name] = value
+    section.kind = kind
+    return section
+
+
+def parse_arg(arg: str | None, **defaults):
+    """`"size=tiny,seq=512"` -> the defaults with those values, each in its default's type."""
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        name, equals, text = part.partition("=")
+        if not equals or name not in defaults:
+            raise ValueError(
+                f"config argument {part!r} is not known. {registry.did_you_mean(name, defaults)}"
+            )
+        try:
+            values[name] = type(defaults[name])(text)
+        except ValueError:
+            kind = type(defaults[name]).__name__
+            raise ValueError(f"config argument {part!r}: expected a value of type {kind}.") from None
+    return values
+
+
+def choose(table: Mapping[str, Any], name: str, what: str):
+    """table[name], or one sentence with the nearest name."""
+    if name not in table:
+        raise ValueError(f"{what}={name!r} is not known. {registry.did_you_mean(name, table)}")
+    return table[name]
+
+
+def to_json(config) -> str:
+    """Canonical text: sorted keys, tuples as lists."""
+    return json.dumps(_plain(config), sort_keys=True, indent=1)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote; every list becomes a tuple again."""
+    return ConfigDict(_with_tuples(json.loads(text)))
+
+
+def fingerprint(config) -> str:
+    """16 hexadecimal digits of the fields that decide what a run computes."""
+    identity = {name: part for name, part in _plain(config).items() if name not in IDENTITY_FREE}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def freeze(config: ConfigDict) -> FrozenConfigDict:
+    """A config with references resolved, lists as tuples, that nobody can change."""
+    return FrozenConfigDict(_with_tuples(_plain(config)))
+
+
+def _plain(config) -> dict:
+    if isinstance(config, ConfigDict | FrozenConfigDict):
+        config = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else config
+        return {name: _plain(config[name]) for name in config}
+    if isinstance(config, tuple | list):
+        return [_plain(item) for item in config]
+    return config
+
+
+def _with_tuples(value):
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_with_tuples(item) for item in value)
+    return value
+
+
+
+
+def differences(first, second) -> list[tuple[str, Any, Any]]:
+    """(field, value in first, value in second) of every field in which two configs differ."""
+    flat = [_flatten(_plain(config)) for config in (first, second)]
+    names = sorted(set(flat[0]) | set(flat[1]))
+    return [
+        (name, flat[0].get(name), flat[1].get(name))
+        for name in names
+        if flat[0].get(name) != flat[1].get(name)
+    ]
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

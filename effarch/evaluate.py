@@ -1,0 +1,62 @@
+"""Loss and bits per byte of a run on its validation text, or on other text.
+
+Usage: python -m effarch.evaluate --run=FOLDER [--step=STEP] [--data=PREPARED_FOLDER]
+
+Examples:
+  python -m effarch.evaluate --run=runs/quickstart-hybrid-1a2b3c4d
+  python -m effarch.evaluate --run=runs/mine --step=500 --seq_len=1024
+  python -m effarch.evaluate --run=runs/mine --data=prepared/books
+
+Prints one JSON object. Text is scored in disjoint windows of seq_len tokens; bits per byte count the
+UTF-8 bytes of the original text. Other text must be prepared with the run's tokenizer.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from absl import flags
+
+from effarch import command_line
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("run", None, "The run's folder.")
+flags.DEFINE_integer("step", None, "Evaluate the checkpoint of this step (default: the newest).")
+flags.DEFINE_string("data", None, "A prepared folder to score instead of the run's own.")
+flags.DEFINE_integer("seq_len", None, "Tokens a window (default: the run's data.seq_len).")
+flags.DEFINE_integer("max_batches", 0, "Score only so many batches, spread evenly; 0 is all.")
+
+
+def main() -> int:
+    with command_line.user_errors():
+        result = _evaluate(pathlib.Path(command_line.required("run")))
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _evaluate(folder: pathlib.Path) -> dict:
+    from effarch.data import dataset, pipeline
+    from effarch.training import evaluation, restore
+
+    plan, state = restore.open_run(folder, step=FLAGS.step)
+    if FLAGS.data:
+        other = dataset.open_dataset(FLAGS.data)
+        if other.tokenizer.sha256 != plan.dataset.tokenizer.sha256:
+            raise ValueError(
+                f"--data={FLAGS.data} was prepared with another tokenizer than the run's; prepare it "
+                f"with --tokenizer=file:{plan.dataset.folder / 'tokenizer.json'}."
+            )
+        plan = dataclasses.replace(plan, dataset=other)
+    windows = pipeline.ValidationBatches(
+        plan.dataset,
+        batch_size=plan.config.data.batch_size,
+        seq_len=FLAGS.seq_len or plan.config.data.seq_len,
+        max_batches=FLAGS.max_batches,
+    )
+    figures = evaluation.evaluate(plan, plan.eval_step(), state.params, state.model_state, windows)
+    return {"run": str(folder), "step": int(state.step), **figures}
+
+
+if __name__ == "__main__":
+    command_line.run(main, usage=__doc__)

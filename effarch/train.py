@@ -1,0 +1,66 @@
+"""Trains the model that a config describes.
+
+Usage: python -m effarch.train --config=CONFIG[:SWITCHES] [--config.FIELD=VALUE ...] [--workdir=FOLDER]
+
+Examples:
+  python -m effarch.train --config=configs/quickstart.py
+  python -m effarch.train --config=gated_deltanet:size=tiny --config.train.num_steps=2000
+  python -m effarch.train --config=quickstart --config.data.sources="('files:books/*.txt',)"
+  python -m effarch.train --config=quickstart --config.model.layers="attention/glu"
+  python -m effarch.train --config=quickstart --print_config
+
+The same command resumes a run that was stopped. The fields are explained in effarch/config.py, the
+layer language in effarch/models/layer_language.py. Exit codes: 0 finished, 2 a mistake in the command,
+config or data, 3 too many bad steps, 143 or 130 stopped by SIGTERM or Ctrl-C with everything saved.
+"""
+
+import pathlib
+
+from absl import flags
+
+from effarch import command_line
+
+FLAGS = flags.FLAGS
+BAD_STEPS = 3
+
+command_line.define_config()
+flags.DEFINE_string("workdir", None, "The run's folder (default: runs/NAME-FINGERPRINT).")
+flags.DEFINE_bool("print_config", False, "Print the config with all overrides, then stop.")
+
+
+def main() -> int:
+    with command_line.user_errors():
+        config = command_line.load_config()
+        if FLAGS.print_config:
+            print(config)
+            return 0
+        # Imported here: --help and a mistyped flag are answered before JAX is loaded.
+        from effarch.training import checkpoints, loop, run_folder, setup
+
+        plan = setup.prepare(config)
+        folder = pathlib.Path(FLAGS.workdir or pathlib.Path("runs") / plan.name)
+        run_folder.create(folder, plan.config)
+    with (
+        command_line.user_errors(loop.BadSteps, code=BAD_STEPS),
+        command_line.user_errors(
+            run_folder.FolderInUse, checkpoints.CheckpointMismatch, checkpoints.CheckpointFailed
+        ),
+        run_folder.locked(folder),
+    ):
+        return _train(plan, folder)
+
+
+def _train(plan, folder: pathlib.Path) -> int:
+    from effarch.training import finish, loop, progress
+
+    console = progress.stderr_console()
+    rows = {"run folder": folder, **plan.describe()}
+    progress.header(console, list(rows.items()))
+    outcome = loop.Loop(plan, folder, console=console).run()
+    if outcome.exit_code == 0:
+        finish.write(plan, folder, outcome, console=console)
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    command_line.run(main, usage=__doc__)

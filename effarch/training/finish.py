@@ -1,0 +1,82 @@
+"""What a finished run leaves behind: samples, summary.json, the report page and a table."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from effarch.models import decoding
+from effarch.training import formatting, loop, progress, report_page, restore, run_folder, setup
+
+
+def write(plan: setup.Setup, folder: pathlib.Path, outcome: loop.Outcome, *, console=None) -> None:
+    """Writes samples/, summary.json and report.html, then prints the summary table."""
+    samples = write_samples(plan, folder, outcome.state)
+    summary = summarize(plan, outcome)
+    run_folder.write_json(folder / run_folder.SUMMARY, summary)
+    page = report_page.write_report([folder], folder / "report.html")
+    rows = [
+        ("validation loss", summary.get("val/loss", "-")),
+        ("bits per byte", summary.get("val/bits_per_byte", "-")),
+        *[
+            (f"  {name} of the same text", summary[key])
+            for name, key in (("gzip -9", "gzip_bits_per_byte"), ("xz -9e", "xz_bits_per_byte"))
+            if key in summary
+        ],
+        ("tokens", formatting.count(summary["tokens"])),
+        ("model FLOPs", formatting.scientific(summary["flops_model"])),
+        ("time", formatting.duration(summary["seconds"])),
+        ("updates skipped", summary["skipped_steps"]),
+        ("run folder", folder),
+        ("report", page),
+    ]
+    progress.summary(console, rows)
+    shown = console or progress.stderr_console()
+    for name, text in samples.items():
+        shown.print(f"\nsample after {name!r}:", markup=False)
+        shown.print(text, markup=False, highlight=False)
+
+
+def write_samples(plan: setup.Setup, folder: pathlib.Path, state) -> dict[str, str]:
+    """Continues `log.sample_prompts`; returns and writes the texts."""
+    prompts, num_tokens = plan.config.log.sample_prompts, plan.config.log.sample_tokens
+    if not prompts or not num_tokens:
+        return {}
+    tokenizer = plan.dataset.tokenizer
+    model = restore.model_of(plan, state)
+    encoded = [
+        [tokenizer.document_token, *map(int, ids)] for ids in tokenizer.encode_batch(list(prompts))
+    ]
+    columns = list(decoding.generate(model, encoded, max_tokens=num_tokens, temperature=0.8, top_p=0.95))
+    (folder / run_folder.SAMPLES).mkdir(exist_ok=True)
+    texts = {}
+    for row, prompt in enumerate(prompts):
+        ids = [int(column[row]) for column in columns]
+        if tokenizer.document_token in ids:
+            ids = ids[: ids.index(tokenizer.document_token)]
+        texts[prompt] = prompt + tokenizer.decode(np.array(ids))
+        (folder / run_folder.SAMPLES / f"{row:02d}.txt").write_text(texts[prompt])
+    return texts
+
+
+def summarize(plan: setup.Setup, outcome: loop.Outcome) -> dict:
+    """The flat record that reports and comparisons read."""
+    counts, steps = plan.counts, int(outcome.state.step)
+    tokens = steps * plan.tokens_per_step
+    summary = {
+        "status": "finished",
+        "steps": steps,
+        "tokens": tokens,
+        "params_total": counts.params_total,
+        "params_matmul": counts.params_matmul,
+        "params_non_embedding": counts.params_non_embedding,
+        "params_active": counts.params_active,
+        "flops_model": counts.flops_per_token * tokens,
+        "flops_6nd": counts.flops_6n * tokens,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "skipped_steps": int(outcome.state.opt_state.skipped),
+        "seconds": sum(outcome.seconds.values()),
+        **{f"val/{name}": value for name, value in outcome.final.items()},
+        **{name.removeprefix("time/"): value for name, value in outcome.rates.items()},
+    }
+    return summary

@@ -1,0 +1,213 @@
+"""The training loop: one compiled step, metrics read one step late, checkpoints, evaluation."""
+
+import dataclasses
+import pathlib
+import signal
+
+import jax
+import numpy as np
+
+from effarch.data import pipeline, prefetch
+from effarch.models import accounting
+from effarch.training import evaluation, progress, run_folder, setup, writers
+from effarch.training import step as step_lib
+from effarch.training.state import TrainState
+
+INTERRUPTED = {signal.SIGTERM: 143, signal.SIGINT: 130}
+"""Exit codes of a run that was told to stop, saved, and can be resumed: 128 + signal number."""
+
+
+class BadSteps(RuntimeError):
+    """Too many updates in a row had to be skipped."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How a run ended."""
+
+    state: TrainState
+    final: dict[str, float]
+    exit_code: int
+    """0 if it is finished, 143 or 130 if it was told to stop."""
+    seconds: dict[str, float]
+    rates: dict[str, float]
+
+
+class Loop:
+    """One run in one folder. `run` trains from wherever the folder's checkpoints are to the end."""
+
+    def __init__(self, plan: setup.Setup, folder: pathlib.Path, *, console=None):
+        self.plan, self.config, self.folder = plan, plan.config, folder
+        self.console = console
+        self.batches = pipeline.TrainBatches(
+            plan.dataset,
+            batch_size=self.config.data.batch_size,
+            seq_len=self.config.data.seq_len,
+            seed=self.config.seed,
+            weights=self.config.data.weights,
+        )
+        self.key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+        self.eval_step = plan.eval_step()
+        self.windows = evaluation.batches(plan, max_batches=self.config.eval.max_batches)
+        self._signal: int | None = None
+        self._bad_steps: list[int] = []
+
+    def run(self) -> Outcome:
+        """Trains to `train.num_steps`, or until told to stop by SIGTERM or SIGINT."""
+        total = self.config.train.num_steps
+        with setup.open_checkpoints(self.plan, self.folder) as saved, self._catching_signals():
+            restored = saved.restore(self.plan.target())
+            start, state = (restored[0], restored[1]) if restored else (0, self.plan.init())
+            peak = accounting.peak_flops(jax.devices()[0])
+            with (
+                writers.MetricsWriter(
+                    self.folder, start_step=start, tensorboard=self.config.log.tensorboard
+                ) as writer,
+                progress.Progress(
+                    total,
+                    start_step=start,
+                    tokens_per_step=self.plan.tokens_per_step,
+                    flops_per_step=self.plan.counts.flops_per_token * self.plan.tokens_per_step,
+                    peak_flops=peak and peak * jax.device_count(),
+                    console=self.console,
+                ) as shown,
+            ):
+                if start:
+                    shown.note(f"resumed from the checkpoint of step {start:,}")
+                self.writer, self.shown, self.saved = writer, shown, saved
+                state = self._steps(state, start, total)
+                final, code = {}, 0
+                if self._signal is not None:
+                    code = INTERRUPTED[self._signal]
+                else:
+                    final = self._evaluate(state, total, everything=True)
+                with shown.pause("checkpoint"):
+                    saved.wait()
+                return Outcome(state, final, code, dict(shown.seconds), shown.rates())
+
+    def _steps(self, state: TrainState, start: int, total: int) -> TrainState:
+        """Dispatches every step before reading the metrics of the one before."""
+        if start >= total:
+            return state
+        feed = prefetch.Prefetch(self._batch, start, total)
+        try:
+            step_function = None
+            waiting = None
+            for step, batch in feed:
+                if step_function is None:
+                    with self.shown.pause(progress.COMPILE):
+                        step_function = self._compile(state, batch)
+                state, metrics = step_function(state, batch, self.key)
+                if waiting is not None:
+                    self._read(*waiting)
+                waiting = (step + 1, metrics)
+                if self._due(self.config.eval.every_steps, step + 1) and step + 1 < total:
+                    self._read(*waiting)
+                    waiting = None
+                    self._evaluate(state, step + 1)
+                stop = self._signal is not None
+                if self._due(self.config.checkpoint.every_steps, step + 1) or stop or step + 1 == total:
+                    if waiting is not None:
+                        self._read(*waiting)
+                        waiting = None
+                    self._save(state, step + 1)
+                if stop:
+                    self.shown.note(f"told to stop: saved step {step + 1:,}; run again to resume")
+                    break
+            return state
+        finally:
+            feed.close()
+
+    def _batch(self, step: int) -> dict[str, jax.Array]:
+        return self.plan.put(self.batches(step))
+
+    def _compile(self, state: TrainState, batch: dict):
+        step = step_lib.train_step(
+            self.plan.plan,
+            self.plan.tx,
+            self.plan.schedule,
+            accumulate=self.config.train.accumulate,
+            layout=self.plan.layout,
+        )
+        batch_place = self.plan.layout.sharding(step_lib.BATCH_AXES)
+        jitted = jax.jit(
+            step,
+            in_shardings=(self.plan.shardings, jax.tree.map(lambda _: batch_place, batch), None),
+            out_shardings=(self.plan.shardings, None),
+            donate_argnums=0,
+        )
+        return jitted.lower(state, batch, self.key).compile()
+
+    def _read(self, step: int, metrics: dict) -> None:
+        """Takes a step's metrics to the host: progress, metrics.jsonl, and the watch on bad steps."""
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        self.shown.update(step, values["loss"])
+        self._watch(step, values)
+        every = self.config.log.every_steps
+        if step % every == 0 or step in (1, self.config.train.num_steps):
+            values["tokens"] = step * self.plan.tokens_per_step
+            self.writer.write(step, values | self.shown.rates())
+
+    def _watch(self, step: int, values: dict[str, float]) -> None:
+        if not values["skipped_in_a_row"]:
+            self._bad_steps.clear()
+            return
+        self._bad_steps.append(step)
+        reason = "a gradient spike" if np.isfinite(values["grad_norm"]) else "no finite gradient"
+        self.shown.note(f"step {step:,}: update skipped, {reason} (loss {values['loss']:.4g})")
+        if values["skipped_in_a_row"] >= self.config.train.max_bad_steps:
+            path = self.folder / "bad_batches.json"
+            windows = {str(bad): self.batches.window_ids(bad - 1) for bad in self._bad_steps}
+            run_folder.write_json(path, {"steps": windows, "metrics": {k: str(v) for k, v in values.items()}})
+            raise BadSteps(
+                f"train.max_bad_steps={self.config.train.max_bad_steps}: as many updates in a row were "
+                f"skipped, the last at step {step} ({reason}); the batches are listed in {path}, and the "
+                "last good checkpoint is kept. Lower optimizer.learning_rate or look at those batches."
+            )
+
+    def _evaluate(self, state: TrainState, step: int, *, everything: bool = False) -> dict[str, float]:
+        windows = evaluation.batches(self.plan) if everything else self.windows
+        if not len(windows):
+            return {}
+        with self.shown.pause("evaluation"):
+            result = evaluation.evaluate(
+                self.plan, self.eval_step, state.params, state.model_state, windows
+            )
+        self.writer.write(step, result, kind="eval")
+        self.shown.note(
+            f"step {step:,}: validation loss {result['loss']:.4f}, "
+            f"{result['bits_per_byte']:.4f} bits per byte"
+        )
+        return result
+
+    def _save(self, state: TrainState, step: int) -> None:
+        with self.shown.pause("checkpoint"):
+            self.writer.sync()
+            self.saved.save(step, state, {"step": step, "tokens": step * self.plan.tokens_per_step})
+
+    def _due(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _catching_signals(self) -> "_Signals":
+        return _Signals(self)
+
+
+class _Signals:
+    """While active, SIGTERM and SIGINT ask the loop to save and stop; a second one stops at once."""
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self.before: dict[int, object] = {}
+
+    def __enter__(self) -> None:
+        for number in INTERRUPTED:
+            self.before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _frame) -> None:
+        if self.loop._signal is not None:
+            raise SystemExit(INTERRUPTED[number])
+        self.loop._signal = number
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -97,6 +97,8 @@ def _check_blocks(config: ConfigDict) -> None:
     blocks = config.model.blocks
     for name, section in blocks.items():
         field = f"model.blocks.{name}"
+        if not isinstance(section, ConfigDict):
+            raise ValueError(f"{field}={section!r} must be a section, not a value.")
         if "kind" not in section:
             raise ValueError(f"{field} has no kind. {registry.did_you_mean('', kinds)}")
         registry.lookup(kinds, section.kind, f"{field}.kind")

@@ -70,7 +70,7 @@ def describe(variables: nnx.State) -> dict:
         logical = variable.get_metadata("logical")
         own = [axis for axis in logical if axis != "layers"]
         decay = variable.get_metadata("decay", len(own) >= 2)
-        return ParamInfo(path, public_paths(path), logical, tuple(variable[...].shape), decay)
+        return ParamInfo(path, public_paths(path), logical, tuple(variable.get_value().shape), decay)
 
     tree = jax.tree_util.tree_map_with_path(
         one, variables, is_leaf=lambda node: isinstance(node, nnx.Variable)

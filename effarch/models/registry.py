@@ -18,10 +18,9 @@ SHARED = ("rngs", "dtype", "param_dtype", "norm_eps", "init_std")
 
 def options(constructor) -> dict[str, inspect.Parameter]:
     """The keyword-only arguments of a constructor that a config may set."""
-    found = inspect.signature(constructor).parameters
     return {
         name: parameter
-        for name, parameter in found.items()
+        for name, parameter in inspect.signature(_function(constructor)).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in SHARED
     }
 
@@ -29,7 +28,7 @@ def options(constructor) -> dict[str, inspect.Parameter]:
 def section(constructor) -> config_dict.ConfigDict:
     """The config section of a constructor: its defaults, optional fields as typed placeholders."""
     fields = config_dict.ConfigDict()
-    hints = typing.get_type_hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
+    hints = typing.get_type_hints(_function(constructor))
     for name, parameter in options(constructor).items():
         if parameter.default is inspect.Parameter.empty:
             raise TypeError(f"{constructor.__name__}: option {name!r} needs a default.")
@@ -64,5 +63,10 @@ def did_you_mean(name: str, known) -> str:
 
 def accepted(constructor, supplied: Mapping[str, typing.Any]) -> dict[str, typing.Any]:
     """Those of the supplied arguments that the constructor names."""
-    names = inspect.signature(constructor).parameters
+    names = inspect.signature(_function(constructor)).parameters
     return {name: value for name, value in supplied.items() if name in names}
+
+
+def _function(constructor):
+    """What holds the signature: of a module class, its __init__ (NNX hides the class's own)."""
+    return constructor.__init__ if inspect.isclass(constructor) else constructor

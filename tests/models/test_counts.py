@@ -1,0 +1,61 @@
+"""Parameter and FLOP counts against the formulas of the specification and published totals."""
+
+import pytest
+
+from effarch.configs import gated_deltanet, transformer
+from effarch.models import accounting, build
+
+
+def counts(config, vocab_size=32000, seq_len=4096):
+    return accounting.count(build.abstract(config.model, vocab_size=vocab_size), seq_len)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("340m", 374), ("1.3b", 1364)])
+def test_transformer_totals(size, millions):
+    """Totals at vocabulary 32,000 with an untied head: DeltaNet paper's baselines."""
+    total = counts(transformer.get_config(f"size={size}")).params_total
+    assert round(total / 1e6) == millions
+
+
+@pytest.mark.parametrize(("size", "millions"), [("340m", 380), ("1.3b", 1387)])
+def test_gated_deltanet_totals(size, millions):
+    total = counts(gated_deltanet.get_config(f"size={size}")).params_total
+    assert round(total / 1e6) == millions
+
+
+def test_gated_deltanet_layer_to_the_digit():
+    """d (2HK + 3 HV V) + 2 d HV + 4 (2HK + HV V) + 2 HV + V, with two norms and a GLU beside it."""
+    config = gated_deltanet.get_config("size=1.3b")
+    d, h, k, v, hidden, depth = 2048, 6, 256, 512, 5632, 21
+    mixer = d * (2 * h * k + 3 * h * v) + 2 * d * h + 4 * (2 * h * k + h * v) + 2 * h + v
+    block = mixer + 3 * d * hidden + 2 * d
+    assert counts(config).params_total == depth * block + d + 2 * 32000 * d
+
+
+def test_attention_flops_are_the_causal_formula():
+    """6 N + 6 S D L for forward and backward, N without the input table (arXiv 2406.19146)."""
+    config = transformer.get_config("size=340m")
+    found = counts(config, seq_len=2048)
+    exact = 6 * found.params_matmul + 6 * 2048 * 1024 * 24
+    assert found.flops_per_token == pytest.approx(exact, rel=1e-12)
+    assert found.params_matmul == found.params_non_embedding + 1024 * 32000
+
+
+def test_a_window_costs_its_mean_visible_length():
+    config = transformer.get_config("size=340m")
+    config.model.blocks.attention.window = 512
+    found = counts(config, seq_len=2048)
+    visible = 512 * (1 - 511 / 4096)
+    assert found.flops_per_token == pytest.approx(
+        6 * found.params_matmul + 12 * visible * 1024 * 24, rel=1e-12
+    )
+
+
+def test_recurrent_layers_cost_the_same_at_any_length():
+    config = gated_deltanet.get_config("size=340m")
+    short, long = counts(config, seq_len=1024), counts(config, seq_len=65536)
+    assert short.flops_per_token == long.flops_per_token
+    recurrence = 7 * 6 * 128 * 256 + 8 * (2 * 6 * 128 + 6 * 256)
+    assert short.flops_per_token == pytest.approx(
+        6 * short.params_matmul + 3 * 21 * recurrence, rel=1e-12
+    )

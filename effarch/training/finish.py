@@ -63,7 +63,7 @@ def summarize(plan: setup.Setup, outcome: loop.Outcome) -> dict:
     """The flat record that reports and comparisons read."""
     counts, steps = plan.counts, int(outcome.state.step)
     tokens = steps * plan.tokens_per_step
-    summary = {
+    return {
         "status": "finished",
         "steps": steps,
         "tokens": tokens,
@@ -75,8 +75,15 @@ def summarize(plan: setup.Setup, outcome: loop.Outcome) -> dict:
         "flops_6nd": counts.flops_6n * tokens,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "skipped_steps": int(outcome.state.opt_state.skipped),
-        "seconds": sum(outcome.seconds.values()),
+        "seconds": outcome.seconds,
+        "compile_seconds": outcome.compile_seconds,
+        **_yardsticks(plan),
         **{f"val/{name}": value for name, value in outcome.final.items()},
         **{name.removeprefix("time/"): value for name, value in outcome.rates.items()},
     }
-    return summary
+
+
+def _yardsticks(plan: setup.Setup) -> dict[str, float]:
+    """What general compressors make of the same validation text, in bits per byte."""
+    found = plan.dataset.meta["yardsticks"]
+    return {f"{name}_bits_per_byte": value for name, value in found.items() if name != "bytes"}

@@ -29,7 +29,9 @@ class Outcome:
     final: dict[str, float]
     exit_code: int
     """0 if it is finished, 143 or 130 if it was told to stop."""
-    seconds: dict[str, float]
+    seconds: float
+    """Wall-clock of this process, from the first array to the last evaluation."""
+    compile_seconds: float
     rates: dict[str, float]
 
 
@@ -83,7 +85,14 @@ class Loop:
                     final = self._evaluate(state, total, everything=True)
                 with shown.pause("checkpoint"):
                     saved.wait()
-                return Outcome(state, final, code, dict(shown.seconds), shown.rates())
+                return Outcome(
+                    state,
+                    final,
+                    code,
+                    seconds=shown.elapsed(),
+                    compile_seconds=shown.seconds.get(progress.COMPILE, 0.0),
+                    rates=shown.rates(),
+                )
 
     def _steps(self, state: TrainState, start: int, total: int) -> TrainState:
         """Dispatches every step before reading the metrics of the one before."""

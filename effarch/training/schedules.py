@@ -53,16 +53,16 @@ def wsd(
     _check(peak, total_steps, warmup_steps, final_fraction)
     if not 0 < decay_fraction <= 1:
         raise ValueError(
-            f"schedule.decay_fraction is {decay_fraction}; it must be above 0 and at most 1"
-            " (for a run without a decay use schedule.kind='constant')."
+            f"optimizer.schedule.decay_fraction is {decay_fraction}; it must be above 0 and at most 1"
+            " (for a run without a decay use the kind 'constant')."
         )
     start = decay_start(total_steps, decay_fraction)
     if warmup_steps > start:
         raise ValueError(
-            f"schedule.warmup_steps is {warmup_steps} but the decay starts at step {start} of"
+            f"optimizer.schedule.warmup_steps is {warmup_steps} but the decay starts at step {start} of"
             f" {total_steps}; use a shorter warmup or a smaller decay_fraction."
         )
-    shape = registry.lookup(_DECAYS, decay_shape, "schedule.decay_shape")
+    shape = registry.lookup(_DECAYS, decay_shape, "optimizer.schedule.decay_shape")
     decay = shape(peak, total_steps - start, final_fraction)
     stable = optax.constant_schedule(peak)
     return _warmed(optax.join_schedules([stable, decay], [start - warmup_steps]), warmup_steps)
@@ -86,7 +86,7 @@ def build(kind: str, peak: float, total_steps: int, **given) -> optax.Schedule:
     for name in given:
         if name not in known:
             raise ValueError(
-                f"schedule.{name} is not an option of the schedule {kind!r}."
+                f"optimizer.schedule.{name} is not an option of the schedule {kind!r}."
                 f" {registry.did_you_mean(name, known)}"
             )
     return KINDS[kind](peak=peak, total_steps=total_steps, **given)
@@ -94,7 +94,7 @@ def build(kind: str, peak: float, total_steps: int, **given) -> optax.Schedule:
 
 def options(kind: str) -> dict:
     """The config fields of the schedule named `kind` and their defaults."""
-    fields = inspect.signature(registry.lookup(KINDS, kind, "schedule.kind")).parameters
+    fields = inspect.signature(registry.lookup(KINDS, kind, "optimizer.schedule.kind")).parameters
     return {
         name: field.default for name, field in fields.items() if name not in ("peak", "total_steps")
     }
@@ -138,16 +138,16 @@ _DECAYS = {"linear": _linear, "1-sqrt": _one_minus_sqrt, "cosine": _cosine}
 
 def _check(peak: float, total_steps: int, warmup_steps: int, final_fraction: float) -> None:
     if not 0 < peak < float("inf"):
-        raise ValueError(f"schedule.peak is {peak}; the peak learning rate must be above 0.")
+        raise ValueError(f"optimizer.learning_rate is {peak}; the peak must be above 0.")
     if total_steps < 1:
-        raise ValueError(f"schedule.total_steps is {total_steps}; it must be at least 1.")
+        raise ValueError(f"The number of steps is {total_steps}; it must be at least 1.")
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
-            f"schedule.warmup_steps is {warmup_steps}; it must be at least 0 and below"
-            f" total_steps, which is {total_steps}."
+            f"optimizer.schedule.warmup_steps is {warmup_steps}; it must be at least 0 and below"
+            f" the number of steps, which is {total_steps}."
         )
     if not 0 <= final_fraction <= 1:
         raise ValueError(
-            f"schedule.final_fraction is {final_fraction}; it must be between 0 and 1,"
+            f"optimizer.schedule.final_fraction is {final_fraction}; it must be between 0 and 1,"
             " a fraction of the peak."
         )

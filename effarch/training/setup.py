@@ -160,9 +160,9 @@ def _vocab_size(wanted: int, dataset) -> int:
 
 def _optimizer(config, plan: state_lib.Blueprint):
     o = config.optimizer
-    options = dict(o.schedule)
+    options = {name: o.schedule[name] for name in schedules.options(o.schedule.kind)}
     schedule = schedules.build(
-        options.pop("kind"), o.learning_rate, config.train.num_steps, **options
+        o.schedule.kind, o.learning_rate, config.train.num_steps, **options
     )
     inner = optimizers.build(
         o.kind,

@@ -1,7 +1,6 @@
 """Optimizers: groups by logical axes, rules by public path, updates against independent ones."""
 
 import os
-import re
 import subprocess
 import sys
 
@@ -21,28 +20,12 @@ STACKS = {"scanned": ("0+2x2", "1"), "unscanned": tuple(map(str, range(LAYERS)))
 LAYER = {
     "ffn/up/kernel": (("embed", "ffn"), (8, 12), True),
     "ffn/down/kernel": (("ffn", "embed"), (12, 8), True),
-    "ffn/experts/up": (("experts", "embed", "ffn"), (EXPERTS, 8, 6), True),
-    "mixer/norm/scale": (("embed",), (8,), False),
-    "mixer/decay_log": (("heads",), (3,), False),
-    "mixer/conv/kernel": (("conv", "heads"), (4, 3), True),
-    "mixer/gate": ((None, "embed"), (2, 8), True),
+    "ffn/experts/up": (("experts", "embed", "ffn"), (EXPERTS, 8, 12), True),
+    "mixer/decay_log": (("heads",), (8,), False),
 }
 OUTSIDE = {
-    "embedding/table": (("vocab", "embed"), (16, 8), True),
-    "head/kernel": (("embed", "vocab"), (8, 16), True),
+    "embedding/table": (("vocab", "embed"), (12, 8), True),
     "final_norm/scale": (("embed",), (8,), False),
-}
-KINDS_EXPECTED = {
-    "ffn/up/kernel": "matrix",
-    "ffn/down/kernel": "matrix",
-    "ffn/experts/up": "matrix",
-    "mixer/norm/scale": "vector",
-    "mixer/decay_log": "vector",
-    "mixer/conv/kernel": "vector",
-    "mixer/gate": "vector",
-    "embedding/table": "table",
-    "head/kernel": "table",
-    "final_norm/scale": "vector",
 }
 RULES = (
     "layers/*/mixer/decay_log lr=0.1 decay=1",
@@ -123,44 +106,46 @@ def build(kind, layout="scanned", rules=(), clip_norm=0.0, schedule=1e-2, **opti
 
 
 def run(optimizer, layout, steps=3):
-    """The parameters after `steps` updates with fixed random gradients, in one compiled call."""
+    """The parameters after `steps` updates with fixed random gradients.
 
-    def step(carry, grads):
-        params, state = carry
+    Not compiled as a whole: the small operations compile once for all tests.
+    """
+    params = random_arrays(layout, seed=0)
+    state = optimizer.init(params)
+    for index in range(steps):
+        grads = random_arrays(layout, seed=1 + index)
         updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    def train(params, grads):
-        return jax.lax.scan(step, (params, optimizer.init(params)), grads)[0][0]
-
-    grads = [random_arrays(layout, seed=1 + index) for index in range(steps)]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *grads)
-    return jax.jit(train)(random_arrays(layout, seed=0), stacked)
-
-
-def update_once(optimizer, params, grads):
-    """One update, the state and the parameters after it, in one compiled call."""
-
-    def step(params, grads):
-        updates, state = optimizer.update(grads, optimizer.init(params), params)
-        return updates, state, optax.apply_updates(params, updates)
-
-    return jax.jit(step)(params, grads)
+        params = optax.apply_updates(params, updates)
+    return params
 
 
 # Groups and rules.
 
 
-@pytest.mark.parametrize("layout", STACKS)
-def test_kinds_come_from_logical_axes(layout):
-    assigned = groups.assign(describe(layout))
-    for path, group in flat(assigned).items():
-        tail = re.sub(r"^layers/[^/]*/", "", path)
-        assert group.path == path
-        assert group.kind == KINDS_EXPECTED[tail], path
-        assert (group.matrix_dims is not None) == (group.kind == "matrix")
-        assert group.decay == float({**LAYER, **OUTSIDE}[tail][2])
-        assert (group.lr, group.frozen, group.optimizer) == (1.0, False, None)
+@pytest.mark.parametrize(
+    ("logical", "kind", "dims"),
+    [
+        (("layers", "embed", "ffn"), "matrix", (1, 2)),
+        (("embed", "ffn"), "matrix", (0, 1)),
+        (("layers", "experts", "embed", "ffn"), "matrix", (2, 3)),
+        (("layers", "embed", "experts", "ffn"), "matrix", (1, 3)),
+        (("vocab", "embed"), "table", None),
+        (("embed", "vocab"), "table", None),
+        (("layers", "embed"), "vector", None),
+        (("layers", "experts", "embed"), "vector", None),
+        (("layers", "conv", "heads"), "vector", None),
+        (("layers", None, "embed"), "vector", None),
+        (("layers", "embed", "heads", "head_dim"), "vector", None),
+        ((), "vector", None),
+    ],
+)
+@pytest.mark.parametrize("decay", [True, False])
+def test_kinds_come_from_logical_axes(logical, kind, dims, decay):
+    path = "layers/0/w" if "layers" in logical else "w"
+    info = parameters.ParamInfo(path, (path,), logical, (1,) * len(logical), decay)
+    assert groups.assign({"w": info}) == {
+        "w": groups.Group(path, kind, decay=float(decay), matrix_dims=dims)
+    }
 
 
 def test_scanned_and_unscanned_models_have_the_same_groups():
@@ -197,12 +182,14 @@ def test_rules_set_what_they_name_and_later_ones_win():
     ("pattern", "count"),
     [
         ("layers/*/ffn/*/kernel", 2 * LAYERS),
-        ("layers/**/kernel", 3 * LAYERS),
-        ("**/kernel", 3 * LAYERS + 1),
-        ("**", 7 * LAYERS + 3),
-        ("layers/1/mixer/*", 2),
-        ("layers/1/mixer/**", 4),
-        ("head/k*l", 1),
+        ("layers/**/kernel", 2 * LAYERS),
+        ("**/decay_log", LAYERS),
+        ("**", 4 * LAYERS + 2),
+        ("layers/1/ffn/*", 0),
+        ("layers/1/ffn/**", 3),
+        ("layers/**/ffn/**/kernel", 2 * LAYERS),
+        ("embedding/t*e", 1),
+        ("embedding", 0),
     ],
 )
 def test_globs(pattern, count):
@@ -214,7 +201,10 @@ def test_globs(pattern, count):
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        ("layers/9/mixer/gate lr=2", r"rules\[0\].*matches no parameter.*'layers/\d/mixer/gate'"),
+        (
+            "layers/9/mixer/decay_log lr=2",
+            r"rules\[0\].*matches no parameter.*'layers/\d/mixer/decay_log'",
+        ),
         ("layers/*/mixer lr=2", "matches no parameter"),
         ("embedding/tabel lr=2", "nearest path is 'embedding/table'"),
         ("embedding/**", "must be a path pattern followed by settings"),
@@ -246,9 +236,14 @@ def test_options_are_the_keyword_arguments_with_their_defaults():
     ("kind", "options", "words"),
     [
         ("adamv", {}, "optimizer.kind='adamv' .*Did you mean 'adamw'"),
-        ("muon", {"adam_beta1": 0.9}, "optimizer.adam_beta1 .*'muon'.*Did you mean 'adam_b1'"),
-        ("adamw", {"momentum": 0.9}, "momentum is not an option of the optimizer 'adamw'"),
-        ("adamw", {"clip_norm": -1.0}, "clip_norm is -1.0"),
+        ("muon", {"adam_beta1": 0.9}, "optimizer.muon.adam_beta1 .*Did you mean 'adam_b1'"),
+        ("adamw", {"momentum": 0.9}, "optimizer.adamw.momentum is not an option"),
+        ("adamw", {"clip_norm": -1.0}, "optimizer.clip_norm is -1.0; .*at least 0"),
+        ("adamw", {"weight_decay": -0.1}, "optimizer.adamw.weight_decay is -0.1"),
+        ("adamw", {"weight_decay": None}, "optimizer.adamw.weight_decay is None"),
+        ("adamw", {"b2": 1.0}, "optimizer.adamw.b2 is 1.0; it must be at least 0 and below 1"),
+        ("muon", {"momentum": 95}, "optimizer.muon.momentum is 95"),
+        ("muon", {"ns_steps": 0}, "optimizer.muon.ns_steps is 0; it must be at least 1"),
     ],
 )
 def test_a_wrong_optimizer_is_one_sentence(kind, options, words):
@@ -318,8 +313,8 @@ def test_frozen_parameters_keep_every_bit_and_whole_ones_have_no_moments(kind, l
     params = jax.tree.map(with_special_values, start)
     grads = jax.tree.map(lambda g, leaf: np.where(g.frozen, np.inf, leaf), assigned, start)
     optimizer = build(kind, layout, RULES, clip_norm=1.0)
-    _, state, after = update_once(optimizer, params, grads)
-    after = by_public_path(layout, after)
+    updates, state = optimizer.update(grads, optimizer.init(params), params)
+    after = by_public_path(layout, optax.apply_updates(params, updates))
     frozen = by_public_path(layout, jax.tree.map(lambda g: g.frozen, assigned))
     for path, before in by_public_path(layout, params).items():
         is_frozen = path.startswith("layers/0/") or path == "final_norm/scale"
@@ -336,14 +331,13 @@ def test_frozen_gradients_do_not_count_in_the_clip():
     # eps far above the gradients makes the step proportional to them
     optimizer = build("adamw", rules=RULES, clip_norm=0.1, eps=1.0, weight_decay=0.0)
     params = random_arrays("scanned", seed=0)
-    state, update = jax.jit(optimizer.init)(params), jax.jit(optimizer.update)
+    state = optimizer.init(params)
     steps = {}
     for factor in (1.0, 1e6):
         grads = random_arrays("scanned", seed=1)
         grads["final_norm"]["scale"] *= factor
-        stack = grads["layers"]["0+2x2"]["mixer"]
-        stack["gate"][0] *= factor
-        steps[factor], _ = update(grads, state, params)
+        grads["layers"]["0+2x2"]["mixer"]["decay_log"][0] *= factor
+        steps[factor], _ = optimizer.update(grads, state, params)
     for path, step in flat(steps[1.0]).items():
         np.testing.assert_array_equal(step, flat(steps[1e6])[path], err_msg=path)
 
@@ -433,7 +427,7 @@ def test_muon_updates_have_the_rms_of_adam():
     optimizer = optimizers.build("muon", schedule=1.0, clip_norm=0, infos={"w": info})
     params = {"w": jnp.zeros(shape)}
     grads = {"w": jax.random.normal(jax.random.key(0), shape)}
-    updates, _, _ = update_once(optimizer, params, grads)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
     assert float(jnp.sqrt(jnp.mean(updates["w"] ** 2))) == pytest.approx(0.2, rel=0.2)
 
 
@@ -521,7 +515,7 @@ def test_the_update_runs_donated_and_without_host_transfers(kind):
     assert "callback" not in lowered.as_text()
     compiled = lowered.compile()
     assert compiled.memory_analysis().alias_size_in_bytes == held
-    before = params["head"]["kernel"]
+    before = params["embedding"]["table"]
     with jax.transfer_guard("disallow"):
         params, state = compiled(params, state, grads)
         params, state = compiled(params, state, grads)

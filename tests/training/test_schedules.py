@@ -120,7 +120,7 @@ def test_a_wrong_schedule_is_one_sentence(kind, options, words):
 
 
 def test_wrong_peak_and_length_are_sentences():
-    with pytest.raises(ValueError, match=r"schedule\.peak is 0"):
+    with pytest.raises(ValueError, match=r"optimizer\.learning_rate is 0"):
         schedules.build("constant", 0, TOTAL)
-    with pytest.raises(ValueError, match="total_steps is 0"):
+    with pytest.raises(ValueError, match="number of steps is 0"):
         schedules.build("constant", PEAK, 0)

@@ -33,20 +33,17 @@ def build(
       schedule: the learning rate of update s, counted from 0, or one number.
       clip_norm: largest global norm of the gradients of what is not frozen; 0 does not clip.
       infos: a nested dict of ParamInfo in the shape of the parameters.
-      rules: lines such as "embedding/** lr=2 decay=0"; see `groups`.
+      rules: lines such as "embed/** lr=2 decay=0"; see `groups`.
       given: keyword arguments of the optimizer; `options(kind)` lists them with defaults.
     """
     known = options(kind)
     for name in given:
         if name not in known:
             raise ValueError(
-                f"optimizer.{name} is not an option of the optimizer {kind!r}."
+                f"optimizer.{kind}.{name} is not an option of this optimizer."
                 f" {registry.did_you_mean(name, known)}"
             )
-    if not clip_norm >= 0:
-        raise ValueError(
-            f"optimizer.clip_norm is {clip_norm}; it must be above 0, or 0 for no clipping."
-        )
+    updates.check_range("clip_norm", clip_norm, 0)
     assigned = groups.assign(infos, rules)
     optimizer = KINDS[kind](schedule, groups=assigned, **given)
     if clip_norm == 0:

@@ -23,6 +23,9 @@ def adamw(
     groups: Any,
 ) -> optax.GradientTransformation:
     """optax's Adam with the groups' multipliers and decay. State: two float32 a parameter."""
+    updates.check_range("adamw.b1", b1, 0, 1)
+    updates.check_range("adamw.b2", b2, 0, 1)
+    updates.check_range("adamw.weight_decay", weight_decay, 0)
     return updates.finish(
         {"adam": optax.scale_by_adam(b1, b2, eps)},
         lambda group: "adam",

@@ -10,10 +10,10 @@ dimensions, so that a model has the same groups whether its layers are stacked o
 Rules change the rest, one line each: a glob over public paths (`*` within one level, `**` over any
 number of levels), then settings. Later rules win, setting by setting.
 
-    layers/*/mixer/decay_log lr=0.1 decay=0     a tenth of the learning rate, no weight decay
-    embedding/** lr=2                           decay and lr are multipliers, at least 0
-    layers/0/** frozen=1                        never changes
-    layers/*/ffn/router/kernel optimizer=adamw  a matrix that Muon leaves to Adam
+    embed/** lr=2 decay=0                  twice the learning rate, no weight decay
+    layers/*/mixer/q/kernel decay=4        lr and decay are multipliers, at least 0
+    layers/0/** frozen=1                   never changes
+    layers/*/ffn/** optimizer=adamw        matrices that Muon leaves to Adam
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ def parse_rule(text: str, index: int = 0) -> Rule:
     if not words:
         raise ValueError(
             f"{field}: {text!r} must be a path pattern followed by settings,"
-            " such as 'embedding/** lr=2 decay=0'."
+            " such as 'embed/** lr=2 decay=0'."
         )
     settings = {}
     for word in words:

@@ -19,6 +19,7 @@ not 0.87e8, by XLA's count). It also hands `nesterov` to Adam, cannot mask the w
 Adam's part, and changed the scale of `scale_by_muon` between 0.2.6 and 0.2.8.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -51,6 +52,11 @@ def muon(
     State: one float32 a matrix parameter, two for the others. An update costs
     ns_steps * (4 * small^2 * large + 2 * small^3) FLOPs a matrix [small, large] or its transpose.
     """
+    updates.check_range("muon.momentum", momentum, 0, 1)
+    updates.check_range("muon.ns_steps", ns_steps, 1)
+    updates.check_range("muon.adam_b1", adam_b1, 0, 1)
+    updates.check_range("muon.adam_b2", adam_b2, 0, 1)
+    updates.check_range("muon.weight_decay", weight_decay, 0)
     matrices = optax.chain(
         optax.trace(momentum, nesterov=nesterov),
         _orthogonalize_all(groups, ns_steps, update_rms),
@@ -64,6 +70,7 @@ def muon(
     )
 
 
+@functools.partial(jax.jit, static_argnames="steps")
 def orthogonalize(x: jax.Array, steps: int = 5) -> jax.Array:
     """Newton-Schulz towards U V^T of every matrix x[..., m, n] = U S V^T.
 

@@ -47,6 +47,13 @@ def finish(
     )
 
 
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raises ValueError unless low <= value < high; `name` is the field below `optimizer`."""
+    if value is None or not low <= value < high:
+        below = f" and below {high:g}" if high < float("inf") else ""
+        raise ValueError(f"optimizer.{name} is {value}; it must be at least {low:g}{below}.")
+
+
 def drop_frozen_gradients(groups: Any) -> optax.GradientTransformation:
     """Zeroes the gradients of frozen parameters, so that clipping does not count them."""
 

@@ -1,0 +1,1 @@
+"""Softmax attention: full, causal, windowed, grouped heads, packed documents, decoding."""

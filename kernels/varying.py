@@ -1,0 +1,25 @@
+"""Giving arrays the same varying mesh axes, for code that may run inside `jax.shard_map`.
+
+A scan whose carry starts from plain zeros, or a custom gradient whose inputs are partly replicated,
+is refused there because the types of its arrays differ. `align` makes the types equal; outside of
+`shard_map` it changes nothing. Its transpose is a sum over the axes that an array gained, so the
+gradient of a replicated input is right.
+"""
+
+from collections.abc import Sequence
+
+import jax
+
+
+def align(arrays: Sequence[jax.Array | None]) -> list[jax.Array | None]:
+    """The same arrays (None stays None), each varying over every axis that one of them varies over."""
+    union = frozenset().union(*(_axes(array) for array in arrays if array is not None))
+    return [array if array is None else _vary(array, union - _axes(array)) for array in arrays]
+
+
+def _axes(array: jax.Array) -> frozenset[str]:
+    return getattr(jax.typeof(array), "vma", frozenset())
+
+
+def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    return jax.lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array

@@ -1,0 +1,421 @@
+"""The delta rule: the chunked form, its gradient and the public contract.
+
+Most comparisons run in float64, where the chunked form and the recurrence agree to 1e-12 and every
+wrong factor shows. Shapes repeat on purpose: each new one costs a compilation.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effarch.kernels import gated_delta_rule, gated_delta_rule_step
+
+DATA = Path(__file__).parents[1] / "data"
+GOLDEN = ["delta_rule_0", "delta_rule_1", "gated_delta_rule_0", "gated_delta_rule_1"]
+GOLDEN += ["kda_0", "kda_1"]
+BACKENDS = ["reference", "xla"]
+GATES = ["none", "head", "channel"]
+B, T, H, HV, K, V, CHUNK = 2, 75, 2, 4, 6, 5, 32
+
+# Two rows: padding in front, between and behind, documents of one token (also with an id that came
+# before), a boundary on the edge of chunks (32), a document over a whole chunk, a row with one
+# document and one that ends in padding.
+SEGMENTS = np.array(
+    [
+        [0] * 2 + [7] * 5 + [3] + [7] + [0] * 3 + [4] * 20 + [2] * 35 + [1] + [9] * 4 + [0] * 3,
+        [5] * 64 + [6] * 11,
+    ]
+)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def relative_rms(actual, expected) -> float:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return np.sqrt(np.mean((actual - expected) ** 2)) / np.sqrt(np.mean(expected**2))
+
+
+def make_inputs(gate, dtype=np.float64, length=T, seed=0):
+    """q, k (of norm 1), v, beta in (0, 2), g, and an initial state."""
+    rng = np.random.default_rng(seed)
+    q, k = rng.standard_normal((2, B, length, H, K))
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    v = rng.standard_normal((B, length, HV, V))
+    beta = 2 / (1 + np.exp(-rng.standard_normal((B, length, HV))))
+    g = {
+        "none": None,
+        "head": -np.exp(rng.standard_normal((B, length, HV)) - 1.5),
+        "channel": -np.exp(rng.standard_normal((B, length, HV, K)) - 1.5),
+    }[gate]
+    state = rng.standard_normal((B, HV, K, V))
+    arrays = (q, k, v, beta, g, state)
+    return tuple(None if x is None else jnp.asarray(x.astype(dtype)) for x in arrays)
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "chunk_size"))
+def forward(q, k, v, beta, g, state=None, segments=None, *, backend="xla", chunk_size=CHUNK):
+    return gated_delta_rule(
+        *(q, k, v, beta, g),
+        initial_state=state,
+        segment_ids=segments,
+        backend=backend,
+        chunk_size=chunk_size,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("backend",))
+def forward_backward(q, k, v, beta, g, state, segments=None, *, backend="xla"):
+    """((o, final state), gradients by name) for fixed random cotangents of both outputs."""
+    inputs = dict(q=q, k=k, v=v, beta=beta, g=g, state=state)
+
+    def run(inputs):
+        return forward(**inputs, segments=segments, backend=backend)
+
+    outputs, pull = jax.vjp(run, inputs)
+    return outputs, pull(cotangents(outputs))[0]
+
+
+def cotangents(outputs):
+    waves = [jnp.cos(1.7 * jnp.arange(x.size, dtype=x.dtype) ** 1.1) for x in outputs]
+    return tuple(wave.reshape(x.shape) for wave, x in zip(waves, outputs))
+
+
+def assert_trees_close(actual, expected, bound):
+    actual, expected = (jax.tree_util.tree_leaves_with_path(x) for x in (actual, expected))
+    assert [path for path, _ in actual] == [path for path, _ in expected]
+    for (path, a), (_, b) in zip(actual, expected):
+        assert relative_rms(a, b) <= bound, jax.tree_util.keystr(path)
+
+
+# Values that other people computed.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_outputs(name, backend):
+    data = np.load(DATA / f"{name}.npz")
+    o, final = jax.jit(functools.partial(gated_delta_rule, backend=backend))(
+        *(data[x] for x in ("q", "k", "v", "beta")),
+        data["g"] if "g" in data else None,
+        scale=float(data["scale"]),
+        initial_state=data["initial_state"] if "initial_state" in data else None,
+    )
+    assert o.dtype == final.dtype == jnp.float32
+    assert relative_rms(o, data["o"]) <= 1e-5
+    assert relative_rms(final, data["final_state"]) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_gradients(backend):
+    data = np.load(DATA / "gated_delta_rule_grad.npz")
+    names = ("q", "k", "v", "beta", "g")
+
+    def loss(*inputs):
+        return jnp.sum(gated_delta_rule(*inputs, backend=backend)[0] * data["w"])
+
+    gradients = jax.jit(jax.grad(loss, argnums=range(5)))(*(jnp.asarray(data[x]) for x in names))
+    for name, gradient in zip(names, gradients):
+        assert relative_rms(gradient, data[f"d{name}"]) <= 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("gate", "o_last", "o_sum", "state"),
+    [
+        ("none", (0.356002, -0.121482), 0.368160, (-0.349103, 0.175389, 0.594720, -0.012749)),
+        ("head", (0.410539, 0.059111), 0.908877, (-0.456743, -0.097943, 0.502741, -0.036397)),
+        ("channel", (0.411250, 0.057173), 0.851777, (-0.453342, -0.098698, 0.517777, -0.048610)),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_five_tokens_computed_by_hand(backend, gate, o_last, o_sum, state):
+    t = np.arange(5.0)
+    rows = [(np.sin(t + 1), np.cos(t + 1)), (np.cos(2 * t + 1), np.sin(2 * t + 1))]
+    q, k, v = (np.stack(x, -1)[None, :, None] for x in [*rows, (t + 1, (-1) ** t)])
+    g_channel = np.stack([-0.1 * (t + 1), -0.05 * (t + 2)], -1)[None, :, None]
+    g = {"none": None, "head": g_channel[..., 0], "channel": g_channel}[gate]
+    o, final = gated_delta_rule(q, k, v, (1 / (t + 2))[None, :, None], g, backend=backend)
+    np.testing.assert_allclose(o[0, -1, 0], o_last, atol=2e-6)
+    np.testing.assert_allclose(np.sum(o), o_sum, atol=5e-6)
+    np.testing.assert_allclose(np.ravel(final), state, atol=2e-6)
+
+
+# The chunked form against the recurrence.
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one", "packed"])
+@pytest.mark.parametrize("gate", GATES)
+def test_values_and_gradients_equal_the_recurrence(float64, gate, segments):
+    inputs = make_inputs(gate)
+    expected = forward_backward(*inputs, segments, backend="reference")
+    assert_trees_close(forward_backward(*inputs, segments), expected, 1e-12)
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_every_chunk_size_gives_the_same(float64, gate):
+    inputs = make_inputs(gate, length=130)
+    expected = forward(*inputs, backend="reference")
+    for chunk_size in [16, 128] if gate == "channel" else [1, 24, 64, 128]:
+        assert_trees_close(forward(*inputs, chunk_size=chunk_size), expected, 1e-12)
+
+
+def test_a_missing_state_is_zero(float64):
+    *inputs, state = make_inputs("head", length=3)
+    for backend in BACKENDS:
+        zero = forward(*inputs, jnp.zeros_like(state), backend=backend)
+        assert_trees_close(forward(*inputs, backend=backend), zero, 0)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_splitting_a_row_changes_nothing(float64, gate):
+    *inputs, state = make_inputs(gate)
+    head, tail = (
+        [None if x is None else x[:, part] for x in inputs]
+        for part in (slice(None, 41), slice(41, None))
+    )
+    o_head, middle = forward(*head, state)
+    o_tail, final = forward(*tail, middle)
+    parts = jnp.concatenate([o_head, o_tail], axis=1), final
+    assert_trees_close(parts, forward(*inputs, state), 1e-12)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_steps_equal_the_whole_row(float64, gate):
+    *inputs, state = make_inputs(gate)
+    step = jax.jit(gated_delta_rule_step)
+    after, outputs = state, []
+    for t in range(T):
+        o, after = step(after, *(None if x is None else x[:, t] for x in inputs))
+        outputs.append(o)
+    assert_trees_close((jnp.stack(outputs, 1), after), forward(*inputs, state), 1e-12)
+
+
+# Documents.
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_packed_documents_equal_documents_alone(float64, gate):
+    """Each document of row 0 alone, without segment ids, through the recurrence."""
+    *inputs, state = make_inputs(gate)
+    (o, final), gradients = forward_backward(*inputs, state, SEGMENTS)
+    d_o, d_final = cotangents((o, final))
+    row, is_real = SEGMENTS[0], SEGMENTS[0] != 0
+    borders = [0, *(np.flatnonzero(row[1:] != row[:-1]) + 1), T]
+    spans = [(a, b) for a, b in zip(borders, borders[1:]) if row[a] != 0]
+    assert [b - a for a, b in spans] == [5, 1, 1, 20, 35, 1, 4]
+
+    @jax.jit
+    def alone(inputs, state, d_o, d_final):
+        run = functools.partial(forward, backend="reference")
+        outputs, pull = jax.vjp(lambda x, s: run(*x, s), inputs, state)
+        return outputs, pull((d_o, d_final))
+
+    for a, b in spans:
+        is_first, is_last = (a, b) == spans[0], (a, b) == spans[-1]
+        own = tuple(x[:1, a:b] for x in inputs)
+        own_state = state[:1] * is_first
+        (o_alone, final_alone), (d_inputs, d_state) = alone(
+            own, own_state, d_o[:1, a:b], d_final[:1] * is_last
+        )
+        assert_trees_close(o[:1, a:b], o_alone, 1e-12)
+        for name, gradient in zip(("q", "k", "v", "beta", "g"), d_inputs):
+            np.testing.assert_allclose(gradients[name][:1, a:b], gradient, atol=1e-12)
+        if is_first:
+            assert_trees_close(gradients["state"][:1], d_state, 1e-12)
+        if is_last:
+            assert_trees_close(final[:1], final_alone, 1e-12)
+    assert np.all(o[0, ~is_real] == 0)
+    assert all(np.all(gradients[name][0, ~is_real] == 0) for name in ("q", "k", "v", "beta", "g"))
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_content_is_ignored(float64, gate, backend):
+    *inputs, state = make_inputs(gate)
+    padding = SEGMENTS == 0
+    spoilt = [jnp.where(padding.reshape(B, T, *(1,) * (x.ndim - 2)), -99.0, x) for x in inputs]
+    expected = forward(*inputs, state, SEGMENTS, backend=backend)
+    assert_trees_close(forward(*spoilt, state, SEGMENTS, backend=backend), expected, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_padding_keeps_its_state(float64, backend):
+    *inputs, state = make_inputs("head")
+    segments = SEGMENTS * [[0], [1]]
+    o, final = forward(*inputs, state, segments, backend=backend)
+    assert np.all(o[0] == 0)
+    np.testing.assert_array_equal(final[0], state[0])
+    assert relative_rms(final[1], state[1]) > 0.1
+
+
+# Numerical extremes, in float32.
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_extreme_gates(gate):
+    q, k, v, beta, g, state = make_inputs(gate, np.float32)
+    mixed = np.random.default_rng(1).choice([0.0, -0.01, -1.0, -20.0, -1e4], size=g.shape)
+    for strong in (mixed, np.full(g.shape, -20.0), np.full(g.shape, -1e4), np.zeros(g.shape)):
+        inputs = (q, k, v, beta, jnp.asarray(strong, jnp.float32), state)
+        actual = forward_backward(*inputs)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(actual))
+        expected = forward_backward(*inputs, backend="reference")
+        if np.all(strong == -1e4):  # the true gradient of such gates is 0 or not a float32 number
+            assert np.max(np.abs(actual[1].pop("g"))) < 1e-30
+            assert np.max(np.abs(expected[1].pop("g"))) < 1e-30
+            assert np.max(np.abs(actual[1].pop("state"))) < 1e-30
+            assert np.max(np.abs(expected[1].pop("state"))) < 1e-30
+        assert_trees_close(actual, expected, 2e-5)  # float32 sums over 75 tokens
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+@pytest.mark.parametrize("gate", GATES)
+def test_repeated_keys_are_accurate(gate, beta):
+    """Power series lose every digit here; the recurrence in float64 is the judge."""
+    q, k, v, old_beta, g, state = make_inputs(gate, np.float32)
+    k = jnp.broadcast_to(k[:, :1], k.shape)
+    g = None if g is None else jnp.zeros_like(g)
+    inputs = (q, k, v, jnp.full_like(old_beta, beta), g, state)
+    actual = forward_backward(*inputs)
+    with jax.enable_x64(True):
+        wide = [None if x is None else jnp.asarray(np.float64(x)) for x in inputs]
+        expected = forward_backward(*wide, backend="reference")
+    assert_trees_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_tokens_that_write_nothing(gate):
+    """beta = 0 or k = 0, no decay: the state stays as it is, bit for bit."""
+    q, k, v, beta, g, state = make_inputs(gate, np.float32)
+    g = None if g is None else jnp.zeros_like(g)
+    (_, final), _ = forward_backward(q, k, v, jnp.zeros_like(beta), g, state)
+    np.testing.assert_array_equal(final, state)
+    (_, final), _ = forward_backward(q, jnp.zeros_like(k), v, beta, g, state)
+    np.testing.assert_array_equal(final, state)
+
+
+def test_bfloat16_inputs():
+    inputs = make_inputs("head", np.float32)
+    rounded = [x.astype(jnp.bfloat16) for x in inputs[:4]]
+    o, final = forward(*rounded, *inputs[4:])
+    assert o.dtype == jnp.bfloat16 and final.dtype == jnp.float32
+    o_wide, final_wide = forward(*(x.astype(jnp.float32) for x in rounded), *inputs[4:])
+    assert relative_rms(final, final_wide) <= 1e-6  # computed in float32
+    assert relative_rms(o, o_wide) <= 3e-3  # o itself is rounded to 8 bits
+
+
+# Relations between the members of the family, and causality.
+
+
+def test_equal_channels_equal_one_gate_per_head(float64):
+    q, k, v, beta, g, state = make_inputs("head")
+    wide = jnp.broadcast_to(g[..., None], (*g.shape, K))
+    by_head = forward_backward(q, k, v, beta, g, state)
+    by_channel = forward_backward(q, k, v, beta, wide, state)
+    by_channel[1]["g"] = jnp.sum(by_channel[1]["g"], axis=-1)
+    assert_trees_close(by_channel, by_head, 1e-12)
+
+
+def test_zero_gates_equal_no_gates(float64):
+    q, k, v, beta, g, state = make_inputs("head")
+    zero = forward_backward(q, k, v, beta, jnp.zeros_like(g), state)
+    zero[1]["g"] = None
+    assert_trees_close(forward_backward(q, k, v, beta, None, state), zero, 1e-12)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_outputs_do_not_see_the_future(float64, gate):
+    *inputs, state = make_inputs(gate)
+    o, _ = forward(*inputs, state)
+    for t in (31, 40, 64):
+        later = [None if x is None else x.at[:, t].multiply(0.5) for x in inputs]
+        o_later, _ = forward(*later, state)
+        np.testing.assert_array_equal(o_later[:, :t], o[:, :t])
+        assert np.all(np.any(o_later[:, t] != o[:, t], axis=-1))
+
+
+# Transformations.
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_vmap_scan_and_checkpoint(gate):
+    *inputs, state = make_inputs(gate, np.float32, length=17)
+
+    def loss(inputs, backend):
+        """Two layers by scan, each recomputed in the backward pass, over two stacked batches."""
+
+        def layer(v, _):
+            q, k, _, beta, g = inputs
+            return gated_delta_rule(q, k, v, beta, g, backend=backend)[0], None
+
+        v, _ = jax.lax.scan(jax.checkpoint(layer), inputs[2], length=2)
+        return jnp.sum(jnp.sin(v))
+
+    stacked = [jnp.stack([x, x[::-1]]) for x in inputs]
+    results = [
+        jax.jit(jax.vmap(jax.grad(functools.partial(loss, backend=backend))))(stacked)
+        for backend in BACKENDS
+    ]
+    assert_trees_close(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inside_shard_map(backend):
+    """Manual over a mesh axis with checks on; k, beta replicated, no initial state."""
+    inputs = make_inputs("head", np.float32, length=17)[:5]
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, copy = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    specs = (rows, copy, rows, copy, rows)
+
+    def loss(*inputs):
+        o, final = jax.shard_map(
+            functools.partial(gated_delta_rule, backend=backend),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=rows,
+        )(*inputs)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(final))
+
+    def plain(*inputs):
+        return sum(jnp.sum(jnp.sin(x)) for x in gated_delta_rule(*inputs, backend="reference"))
+
+    gradients = jax.jit(jax.grad(loss, argnums=range(5)))(*inputs)
+    assert_trees_close(gradients, jax.jit(jax.grad(plain, argnums=range(5)))(*inputs), 1e-5)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(v=jnp.zeros((1, 3, 3, 4))), "v has 3 heads.*multiple of the 2 heads"),
+        (dict(k=jnp.zeros((1, 3, 2, 5))), r"k has shape \(1, 3, 2, 5\).*\(1, 3, 2, 4\)"),
+        (dict(beta=jnp.zeros((1, 3, 2))), r"beta has shape.*\(1, 3, 4\)"),
+        (dict(g=jnp.zeros((1, 3, 4, 5))), r"g has shape.*\(1, 3, 4, 4\)"),
+        (dict(initial_state=jnp.zeros((1, 4, 4, 5))), r"initial_state has shape.*\(1, 4, 4, 4\)"),
+        (dict(segment_ids=jnp.ones((1, 4), int)), r"segment_ids has shape.*\(1, 3\)"),
+        (dict(segment_ids=jnp.ones((1, 3))), "segment_ids has dtype float32; give integers"),
+        (dict(q=jnp.zeros((1, 3, 2, 4), int)), "q has dtype int32"),
+        (dict(chunk_size=0), "chunk_size is 0"),
+        (dict(backend="cuda"), "backend 'cuda' does not exist"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    heads = dict(q=jnp.zeros((1, 3, 2, 4)), k=jnp.zeros((1, 3, 2, 4)))
+    inputs = dict(**heads, v=jnp.zeros((1, 3, 4, 4)), beta=jnp.zeros((1, 3, 4)), g=None)
+    with pytest.raises(ValueError, match=message):
+        gated_delta_rule(**{**inputs, **change})
+
+
+def test_wrong_step_arguments_are_named():
+    inputs = [jnp.zeros(s) for s in ((1, 4, 4, 4), (1, 2, 4), (1, 2, 4), (1, 4, 5), (1, 4))]
+    with pytest.raises(ValueError, match=r"state has shape .*\(1, 4, 4, 5\)"):
+        gated_delta_rule_step(*inputs)

@@ -28,7 +28,7 @@ def default() -> ConfigDict:
     c.data.sources = ("embedded:stdlib",)  # embedded:NAME, files:GLOB; several make a mixture
     c.data.weights = ()  # share of tokens of each source; () is in proportion to their sizes
     c.data.tokenizer = "bpe:4096"  # bytes, bpe:SIZE, file:PATH
-    c.data.val_permille = 20  # documents in a thousand that are held out, by hash of their text
+    c.data.val_permille = 50  # documents in a thousand that are held out, by hash of their text
     c.data.path = ""  # a folder made by effarch.prepare_data; then the three above are unused
     c.data.cache_dir = ""  # where prepared sources are kept; "" is ~/.cache/effarch
     c.data.seq_len = 256  # tokens a row

@@ -53,14 +53,14 @@ def wsd(
     _check(peak, total_steps, warmup_steps, final_fraction)
     if not 0 < decay_fraction <= 1:
         raise ValueError(
-            f"optimizer.schedule.decay_fraction is {decay_fraction}; it must be above 0 and at most 1"
-            " (for a run without a decay use the kind 'constant')."
+            f"optimizer.schedule.decay_fraction is {decay_fraction}; it must be above 0 and at"
+            " most 1 (for a run without a decay use the kind 'constant')."
         )
     start = decay_start(total_steps, decay_fraction)
     if warmup_steps > start:
         raise ValueError(
-            f"optimizer.schedule.warmup_steps is {warmup_steps} but the decay starts at step {start} of"
-            f" {total_steps}; use a shorter warmup or a smaller decay_fraction."
+            f"optimizer.schedule.warmup_steps is {warmup_steps} but the decay starts at step"
+            f" {start} of {total_steps}; use a shorter warmup or a smaller decay_fraction."
         )
     shape = registry.lookup(_DECAYS, decay_shape, "optimizer.schedule.decay_shape")
     decay = shape(peak, total_steps - start, final_fraction)

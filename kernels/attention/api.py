@@ -37,7 +37,7 @@ def attention(
       - causal: j <= i; with positions: 0 <= kv_positions[j] <= q_positions[i], so that the slots of
         a cache may stand in any order and a negative position marks an empty slot;
       - window w (tokens, needs causal): also i - j < w: itself and the w - 1 tokens before it;
-      - segment_ids: both are of one segment. Segment 0 is padding, seen by nobody and seeing nobody.
+      - segment_ids: both are of one segment. Segment 0 is padding: seen by nobody, seeing nobody.
         `kv_segment_ids` defaults to `segment_ids` where T == S.
     With positions and causal=False every slot that is not empty is seen. A query that sees no key
     gives zeros and has zero gradient. `scale` defaults to K**-0.5. Products take operands of the

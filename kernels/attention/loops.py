@@ -14,8 +14,8 @@ from effarch.kernels.attention import blocks, masks
 
 
 def forward(q_BGRTK, k_BGSK, v_BGSV, segments, opts):
-    """Returns o [B,G,R,T,V] and the log-sum-exp of each row [B,G,R,T], +inf where nothing is seen."""
-    T, S = q_BGRTK.shape[3], k_BGSK.shape[2]
+    """Returns o [B,G,R,T,V] and each row's log-sum-exp [B,G,R,T], +inf where nothing is seen."""
+    T = q_BGRTK.shape[3]
     q_BGRTK, k_BGSK, v_BGSV, q_ids, kv_ids = _pad(q_BGRTK, k_BGSK, v_BGSV, segments, opts.block)
     num_kv = k_BGSK.shape[2] // opts.block
 

@@ -38,9 +38,7 @@ def in_order(opts: Options, q_index: jax.Array, kv_index: jax.Array) -> jax.Arra
     return seen if opts.window is None else seen & (age < opts.window)
 
 
-def every_pair_in_order(
-    opts: Options, q_range: tuple[int, int], kv_range: tuple[int, int]
-) -> bool:
+def every_pair_in_order(opts: Options, q_range: tuple[int, int], kv_range: tuple[int, int]) -> bool:
     """Whether `in_order` holds for every pair of the two ranges, so that it need not be asked."""
     youngest = q_range[0] - (kv_range[1] - 1)
     oldest = (q_range[1] - 1) - kv_range[0]

@@ -1,8 +1,9 @@
 """Softmax attention in plain JAX, blockwise, for any device.
 
-Training (no positions) has its own backward from the saved log-sum-exp of each row, so that no scores
-are kept: `blocks` for few blocks, `loops` for many. Decoding with positions is plain autodiff.
-Batch and heads stay separate axes throughout, so either may be sharded.
+Training (no positions) has its own backward from the saved log-sum-exp of each row, so that no
+scores are kept: `blocks` for few blocks, `loops` for many. Decoding with positions is plain
+autodiff. Batch and heads stay separate axes throughout, so either may be sharded. Under remat, the
+saved arrays are named "attention_out" and "attention_lse".
 
 Legend: R = query heads that share a key head (H = G * R).
 """
@@ -109,7 +110,7 @@ def _decode(q_BGRTK, k_BGSK, v_BGSV, segments, positions, opts):
 
 
 def _pieces(x: jax.Array, axis: int) -> jax.Array:
-    """Time cut into blocks of queries, as a new leading axis; the last block is filled with zeros."""
+    """Time cut into blocks of queries, a new leading axis; the last is filled up with zeros."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % _CACHE_BLOCK)
     x = jnp.pad(x, widths)

@@ -1,9 +1,9 @@
 """Output projection and cross-entropy in plain JAX, in chunks of time, for any device.
 
-When differentiated, each chunk's gradients are formed as soon as its logits exist, so that logits are
-computed once and never kept: what the backward gets are dx (in x's dtype) and d head (float32) for a
-cotangent of 1, which it multiplies. Chunks run along time and leave the batch whole, so a sharded
-batch stays sharded. Without differentiation no gradient is computed.
+When differentiated, each chunk's gradients are formed as soon as its logits exist, so that logits
+are computed once and never kept: what the backward gets are dx (in x's dtype) and d head (float32)
+for a cotangent of 1, which it multiplies. Chunks run along time and leave the batch whole, so a
+sharded batch stays sharded. Without differentiation no gradient is computed.
 
 Legend: C = time steps of the chunk.
 """
@@ -99,7 +99,7 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _over_chunks(function, carry, arrays_BT, size):
-    """Runs (carry, chunk...) -> (carry, outputs) along time; joins the outputs. The last is short."""
+    """Runs (carry, *chunk) -> (carry, outputs) along time, a shorter chunk last; joins outputs."""
     T = arrays_BT[0].shape[1]
     num, rest = divmod(T, size)
 

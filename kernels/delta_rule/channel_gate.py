@@ -23,6 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from effarch.kernels.delta_rule import channel_pairs, documents, states, triangular
 
+HIGHEST = jax.lax.Precision.HIGHEST
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def chunked(q, k, v, beta, g, initial, docs, precision):
@@ -105,11 +107,13 @@ chunked.defvjp(_forward, _backward)
 
 
 def _gate_gradient(d_log, d_write_log, d_carry_log):
-    """d g from the gradients of the log factors; G_i sums g over the chunk up to token i."""
-    d_write_log = d_write_log.at[..., -1, :].set(0)  # the last token reaches the end undecayed
-    d_total = d_log - d_write_log
-    d_total = d_total.at[..., -1, :].add(jnp.sum(d_write_log, axis=-2) + d_carry_log)
-    return jax.lax.cumsum(d_total, axis=d_total.ndim - 2, reverse=True)
+    """d g from the gradients of the logarithms of all factors, as `scalar_gate` does it."""
+    size = d_log.shape[-2]
+    upper = jnp.triu(jnp.ones((size, size), d_log.dtype))
+    strict = jnp.tril(jnp.ones((size, size), d_log.dtype), -1)
+    until_end = jnp.einsum("ti,...ik->...tk", upper, d_log, precision=HIGHEST)
+    from_start = jnp.einsum("ti,...ik->...tk", strict, d_write_log, precision=HIGHEST)
+    return until_end + from_start + d_carry_log[..., None, :]
 
 
 def _solve(inverse, k_read, v, beta, einsum):

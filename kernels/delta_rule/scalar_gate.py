@@ -126,14 +126,18 @@ chunked.defvjp(_forward, _backward)
 
 
 def _gate_gradient(moved, d_read_log, d_write_log, d_carry_log):
-    """d g from the gradients of the logarithms of all factors; G_i sums g over the chunk up to i."""
-    d_write_log = d_write_log.at[..., -1].set(0)  # the last token reaches the end without decay
+    """d g from the gradients of the logarithms of all factors.
+
+    g_t is part of a factor that ends at i >= t, or of a write factor that starts at j < t. The latter
+    are summed as they are: as a total minus the rest they would drown the small ones.
+    """
     ones = jnp.ones_like(moved[..., :1, :])
     rows = jnp.einsum("...ij,...j->...i", moved, ones[..., 0, :], precision=HIGHEST)
     columns = jnp.matmul(ones, moved, precision=HIGHEST)[..., 0, :]
-    d_total = rows - columns + d_read_log - d_write_log
-    d_total = d_total.at[..., -1].add(jnp.sum(d_write_log, axis=-1) + d_carry_log)
-    return cumulative(d_total, reverse=True)
+    until_end = cumulative(rows - columns + d_read_log, reverse=True)
+    strict = _strict(moved)
+    from_start = jnp.einsum("...j,ij->...i", d_write_log, strict, precision=HIGHEST)
+    return until_end + from_start + d_carry_log[..., None]
 
 
 def cumulative(x: jax.Array, reverse: bool = False) -> jax.Array:

@@ -1,5 +1,7 @@
 """Softmax attention: every backend and form against a dense float64 computation in NumPy."""
 
+import functools
+import itertools
 import re
 
 import jax
@@ -11,6 +13,9 @@ from effarch.kernels.attention import xla
 from effarch.kernels.attention.api import attention
 
 B, T, H, G, K, V = 2, 37, 4, 2, 16, 24  # 37 queries: no multiple of any block below
+
+# Half the compile time, the same sums.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 CASES = {
     "grouped": {},
@@ -80,24 +85,24 @@ def dense(q, k, v, do, seen, scale=None, softcap=None):
     return o, dq, dk, dv
 
 
-def values_and_gradients(q, k, v, do, **options):
-    """o, dq, dk, dv of `attention`, jitted."""
+def values_and_gradients(q, k, v, do, function=attention, jit=quick_jit, **options):
+    """o, dq, dk, dv of an attention function, jitted."""
 
-    @jax.jit
+    @jit
     def run(q, k, v, do):
-        o, pullback = jax.vjp(lambda *qkv: attention(*qkv, **options), q, k, v)
+        o, pullback = jax.vjp(lambda *qkv: function(*qkv, **options), q, k, v)
         return o, *pullback(do.astype(o.dtype))
 
     return run(q, k, v, do)
 
 
 def distance(x, y):
-    """RMS of the difference relative to the RMS of y."""
+    """RMS of the difference relative to that of y, at least 0.2 (the inputs have 1)."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    return np.sqrt(np.sum((x - y) ** 2) / max(np.sum(y**2), 1e-30))
+    return np.sqrt(np.mean((x - y) ** 2)) / max(np.sqrt(np.mean(y**2)), 0.2)
 
 
-def check_case(case, tolerance, dtype=jnp.float32, backend="xla"):
+def check_case(case, tolerance, dtype=jnp.float32, backend="xla", jit=quick_jit):
     options = dict(CASES[case])
     sizes, segmented = options.pop("sizes", (T, T, H, G)), options.pop("segmented", False)
     arrays, ids, kv_ids = inputs(sizes, segmented)
@@ -108,7 +113,7 @@ def check_case(case, tolerance, dtype=jnp.float32, backend="xla"):
     expected = dense(*(np.asarray(x, np.float32) for x in arrays), seen, **rest)
     if segmented:
         options |= {"segment_ids": jnp.asarray(ids), "kv_segment_ids": jnp.asarray(kv_ids)}
-    results = values_and_gradients(*arrays, backend=backend, **options)
+    results = values_and_gradients(*arrays, backend=backend, jit=jit, **options)
     for name, x, y in zip(("o", "dq", "dk", "dv"), results, expected):
         assert x.dtype == dtype and x.shape == y.shape
         assert distance(x, y) < tolerance, f"{name} of {case}"
@@ -117,32 +122,55 @@ def check_case(case, tolerance, dtype=jnp.float32, backend="xla"):
     assert np.all(np.asarray(results[1], np.float32)[empty] == 0)
 
 
-@pytest.fixture(params=["blocks", "loops"])
-def small_blocks(request, monkeypatch):
-    """Both forms with blocks of 16, so that 37 steps are three blocks."""
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 16, so that 37 steps are three of them; returns what picks the form."""
     monkeypatch.setattr(xla, "_block_size", lambda longest: 16)
-    monkeypatch.setattr(xla, "_UNROLL", 16 if request.param == "blocks" else 0)
+    return lambda form: monkeypatch.setattr(xla, "_UNROLL", 16 if form == "blocks" else 0)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_xla_is_dense_attention(case, small_blocks):
-    check_case(case, 1e-6)  # float32 sums of up to 37 terms
+QUICK = [
+    ("blocks", "grouped"),
+    ("blocks", "window 1"),
+    ("blocks", "window 20"),
+    ("blocks", "segments, window, softcap"),
+    ("blocks", "more keys than queries"),
+    ("loops", "grouped"),
+    ("loops", "segments, window, softcap"),
+    ("loops", "fewer keys, segments"),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "case"),
+    [
+        pytest.param(form, case, marks=[] if (form, case) in QUICK else pytest.mark.slow)
+        for form in ("blocks", "loops")
+        for case in CASES
+    ],
+)
+def test_xla_is_dense_attention(form, case, small_blocks):
+    small_blocks(form)
+    check_case(case, 2e-6)  # float32 sums of up to 37 terms
 
 
 @pytest.mark.parametrize("case", ["one key head", "segments, window, softcap"])
 def test_reference_is_dense_attention(case):
-    check_case(case, 1e-6, backend="reference")  # float32 sums of up to 37 terms
+    check_case(case, 2e-6, backend="reference")  # float32 sums of up to 37 terms
 
 
-def test_bfloat16_runs_and_is_near(small_blocks):
+@pytest.mark.parametrize("form", ["blocks", "loops"])
+def test_bfloat16_runs_and_is_near(form, small_blocks):
+    """Fully optimized, since XLA:CPU can fail on bfloat16 products when they run."""
+    small_blocks(form)
     # p and ds are rounded to 8 bits before their products: 2**-9 each, and the result once more.
-    check_case("segments, window, softcap", 8e-3, jnp.bfloat16)
+    check_case("segments, window, softcap", 8e-3, jnp.bfloat16, jit=jax.jit)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA:CPU")
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("heads", [pytest.param((4, 4), marks=pytest.mark.slow), (4, 2)])
 def test_bfloat16_products_are_not_widened(heads, monkeypatch):
-    """XLA:CPU silently computes a bfloat16 product of unfit layout in float32, many times slower."""
+    """XLA:CPU silently runs a bfloat16 product of unfit layout in float32, many times slower."""
     monkeypatch.setattr(xla, "_block_size", lambda longest: 64)
     q, k, v, do = (
         jax.ShapeDtypeStruct((2, 128, h, 64), jnp.bfloat16) for h in (heads[0], *heads[1:] * 2, 4)
@@ -178,30 +206,30 @@ def test_equals_jax_nn(window):
         local = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
 
-    expected, pullback = jax.vjp(theirs, q, k, v)
-    results = values_and_gradients(q, k, v, do, window=window)
-    for x, y in zip(results, (expected, *pullback(jnp.asarray(do)))):
+    expected = values_and_gradients(q, k, v, do, theirs)
+    for x, y in zip(values_and_gradients(q, k, v, do, window=window), expected):
         assert distance(x, y) < 2e-6  # both float32
 
 
 def test_packed_documents_equal_separate_ones():
     (q, k, v, do), _, _ = inputs()
-    cuts = (0, 1, 14, 30, T)
+    cuts = (0, 1, 18, T)
     ids = np.repeat(np.arange(1, len(cuts)), np.diff(cuts))
     ids = jnp.asarray(np.tile(ids, (B, 1)))
     packed = values_and_gradients(q, k, v, do, segment_ids=ids, window=11)
-    for start, stop in zip(cuts, cuts[1:]):
+    for start, stop in itertools.pairwise(cuts):
         part = (x[:, start:stop] for x in (q, k, v, do))
         for x, y in zip(packed, values_and_gradients(*part, window=11)):
             assert distance(x[:, start:stop], y) < 2e-6  # both float32
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 6, "softcap": 2.0}])
-def test_cache_in_any_order_gives_the_rows_of_full_attention(options, monkeypatch):
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_cache_in_any_order_gives_the_rows_of_full_attention(backend, monkeypatch):
     """A ring: slots permuted, some empty and full of old values, queries in two uneven calls."""
     monkeypatch.setattr(xla, "_CACHE_BLOCK", 8)
-    (q, k, v, _), _, _ = inputs()
-    full = attention(q, k, v, backend="reference", **options)
+    (q, k, v, do), _, _ = inputs()
+    options = {"window": 6, "softcap": 2.0}
+    full = dense(q, k, v, do, visible(T, T, window=6), softcap=2.0)[0]
     rng = np.random.default_rng(1)
     slots = rng.permutation(T + 5)[:T]
     positions = np.full((B, T + 5), -1)
@@ -210,17 +238,22 @@ def test_cache_in_any_order_gives_the_rows_of_full_attention(options, monkeypatc
         rng.standard_normal((B, T + 5, *x.shape[2:])).astype(np.float32) for x in (k, v)
     )
     cache_k[:, slots], cache_v[:, slots] = k, v
+
+    @quick_jit
+    def decode(q, at):
+        return attention(
+            q,
+            jnp.asarray(cache_k),
+            jnp.asarray(cache_v),
+            q_positions=at,
+            kv_positions=jnp.asarray(positions),
+            backend=backend,
+            **options,
+        )
+
     for start, stop in ((0, 27), (27, 28)):
-        at = np.tile(np.arange(start, stop), (B, 1))
-        for backend in ("xla", "reference"):
-            o = attention(
-                *(jnp.asarray(x) for x in (q[:, start:stop], cache_k, cache_v)),
-                q_positions=jnp.asarray(at),
-                kv_positions=jnp.asarray(positions),
-                backend=backend,
-                **options,
-            )
-            assert distance(o, full[:, start:stop]) < 2e-6  # both float32
+        o = decode(q[:, start:stop], np.tile(np.arange(start, stop), (B, 1)))
+        assert distance(o, full[:, start:stop]) < 2e-6  # float32 sums of up to 42 terms
 
 
 def test_cache_with_segments_gradients_and_empty_rows():
@@ -233,7 +266,7 @@ def test_cache_with_segments_gradients_and_empty_rows():
     results = values_and_gradients(q, k, v, do, **options)
     seen = visible(T, T, ids=ids, kv_ids=ids) & (at >= 0)[:, None, :]
     for x, y in zip(results, dense(*arrays, seen)):
-        assert distance(x, y) < 1e-6  # float32 sums of up to 37 terms
+        assert distance(x, y) < 2e-6  # float32 sums of up to 37 terms
         assert np.all(np.asarray(x)[1] == 0)
 
 
@@ -260,8 +293,8 @@ def test_under_vmap_scan_and_checkpoint():
 
     expected = values_and_gradients(q, k, v, do, window=9)[1:]
     for function in (scanned, mapped):
-        for x, y in zip(jax.jit(jax.grad(function, (0, 1, 2)))(q, k, v, do), expected):
-            assert distance(x, y) < 1e-6  # both float32
+        for x, y in zip(quick_jit(jax.grad(function, (0, 1, 2)))(q, k, v, do), expected):
+            assert distance(x, y) < 2e-6  # both float32
 
 
 def test_saved_by_name_the_forward_is_not_run_again():
@@ -279,7 +312,7 @@ def test_long_sequences_compile_small_and_agree():
     """Real block sizes: 9000 steps go through the loops; the program stays as long at 32768."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 9000, 1, 8)).astype(np.float32) for _ in range(3))
-    o = jax.jit(lambda *a: attention(*a))(q, k, v)
+    o = quick_jit(attention)(q, k, v)
     at = jnp.arange(9000)[None]
     last = slice(8000, 8100)
     expected = attention(
@@ -295,7 +328,7 @@ def test_long_sequences_compile_small_and_agree():
     short, long = program(16384), program(32768)
     assert len(short.as_text().splitlines()) == len(long.as_text().splitlines()) < 1000
     quadratic = 2 * 16384**2 * 4
-    assert short.compile().memory_analysis().temp_size_in_bytes < quadratic / 30
+    assert short.compile().memory_analysis().temp_size_in_bytes < quadratic / 30  # 70 MB
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,9 @@ def _backward(precision, saved, cotangents):
         k_row * d_k_written,
         carry * einsum("nbhrkv,nbhrkv->nbhrk", s, d_s),
     )
-    d_q = jnp.sum(d_q + diagonal * k_row, axis=3)
-    d_k = jnp.sum(d_k_reader + d_k_writer + d_k_written + diagonal * q_row, axis=3)
+    d_q = states.sum_value_heads(d_q + diagonal * k_row)
+    d_k = d_k_reader + d_k_writer + d_k_written + diagonal * q_row
+    d_k = states.sum_value_heads(d_k)
     return d_q, d_k, beta[..., None] * d_b, d_beta, d_g, d_initial, None
 
 

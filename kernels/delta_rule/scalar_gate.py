@@ -94,15 +94,15 @@ def _backward(precision, saved, cotangents):
     d_attend = einsum("nbhriv,nbhrjv->nbhrij", d_o, new)
 
     read, read_beta = f.read[..., None], (f.read * beta)[..., None]
-    d_products = jnp.sum(d_attend * f.pairs, axis=3)
-    d_key_products = jnp.sum(d_lower * beta[..., None] * f.pairs, axis=3)
+    d_products = states.sum_value_heads(d_attend * f.pairs)
+    d_key_products = states.sum_value_heads(d_lower * beta[..., None] * f.pairs)
     written = k_writes if f.write is None else f.write[..., None] * k_writes
-    d_q = einsum("nbhij,nbhjk->nbhik", d_products, k) + jnp.sum(read * q_sees, axis=3)
+    d_q = einsum("nbhij,nbhjk->nbhik", d_products, k) + states.sum_value_heads(read * q_sees)
     d_k = (
         einsum("nbhij,nbhik->nbhjk", d_products, q)
         + einsum("nbhij,nbhjk->nbhik", d_key_products, k)
         + einsum("nbhij,nbhik->nbhjk", d_key_products, k)
-        + jnp.sum(written + read_beta * k_reads, axis=3)
+        + states.sum_value_heads(written + read_beta * k_reads)
     )
     k_reads_dot = einsum("nbhrck,nbhck->nbhrc", k_reads, k)
     d_beta = (

@@ -2,7 +2,10 @@
 
 import functools
 import itertools
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -329,6 +332,44 @@ def test_long_sequences_compile_small_and_agree():
     assert len(short.as_text().splitlines()) == len(long.as_text().splitlines()) < 1000
     quadratic = 2 * 16384**2 * 4
     assert short.compile().memory_analysis().temp_size_in_bytes < quadratic / 30  # 70 MB
+
+
+SHARDED = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from effarch.kernels.attention import xla
+from effarch.kernels.attention.api import attention
+
+xla._block_size = lambda longest: 16
+mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+rng = np.random.default_rng(0)
+arrays = [rng.standard_normal((8, 40, h, 16)).astype(np.float32) for h in (4, 2, 2, 4)]
+arrays.append(np.sort(rng.integers(0, 3, (8, 40))))
+heads = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+
+for xla._UNROLL in (16, 0):
+    def run(q, k, v, do, ids):
+        o, pullback = jax.vjp(lambda *qkv: attention(*qkv, segment_ids=ids, window=9), q, k, v)
+        return o, *pullback(do)
+
+    expected = jax.jit(run)(*arrays)
+    shardings = (heads,) * 4 + (NamedSharding(mesh, PartitionSpec("data")),)
+    spread = [jax.device_put(x, s) for x, s in zip(arrays, shardings)]
+    program = jax.jit(run, in_shardings=shardings).lower(*spread).compile()
+    for x, y in zip(program(*spread), expected):
+        np.testing.assert_allclose(x, y, atol=5e-6)  # float32
+    for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert word + "(" not in program.as_text(), word
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_sharded_batch_and_heads_need_no_communication():
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    subprocess.run([sys.executable, "-c", SHARDED], env=environment, check=True)
 
 
 @pytest.mark.parametrize(

@@ -63,12 +63,12 @@ def describe(layout):
     return nested(infos)
 
 
-def random_arrays(layout, seed, scale=1.0):
+def random_arrays(layout, seed):
     """Arrays that depend on the public path and the seed, so that both layouts hold the same."""
 
     def one(path, shape):
         key = [seed, *path.encode()]
-        return np.random.default_rng(key).normal(0, scale, shape).astype(np.float32)
+        return np.random.default_rng(key).normal(0, 1, shape).astype(np.float32)
 
     def array(info):
         layers = [one(path, info.shape[1:]) for path in info.public_paths]
@@ -91,14 +91,8 @@ def by_public_path(layout, tree):
 
 
 def build(kind, layout="scanned", rules=(), clip_norm=0.0, schedule=1e-2, **options):
-    return optimizers.build(
-        kind,
-        schedule=schedule,
-        clip_norm=clip_norm,
-        infos=describe(layout),
-        rules=rules,
-        **options,
-    )
+    options |= dict(schedule=schedule, clip_norm=clip_norm, rules=rules)
+    return optimizers.build(kind, infos=describe(layout), **options)
 
 
 def run(optimizer, layout, steps=3):

@@ -12,13 +12,15 @@ import jax
 
 
 def align(arrays: Sequence[jax.Array | None]) -> list[jax.Array | None]:
-    """The same arrays (None stays None), each varying over every axis that one of them varies over."""
+    """The same arrays (None stays None), each varying over all axes that any of them varies over."""
     union = frozenset().union(*(_axes(array) for array in arrays if array is not None))
     return [array if array is None else _vary(array, union - _axes(array)) for array in arrays]
 
 
 def _axes(array: jax.Array) -> frozenset[str]:
-    return getattr(jax.typeof(array), "vma", frozenset())
+    kind = jax.typeof(array)
+    manual = getattr(kind, "manual_axis_type", None)  # newer JAX; `vma` before
+    return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
 
 
 def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:

@@ -68,8 +68,10 @@ class Setup:
 
     def init(self) -> state_lib.TrainState:
         """Fresh parameters and optimizer state, made where they belong."""
-        key = jax.random.key(self.config.seed)
-        return jax.jit(self._initial, out_shardings=self.shardings)(key)
+        # Runs once: on CPUs half of the compile time would go into making it fast.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        make = jax.jit(self._initial, out_shardings=self.shardings, compiler_options=options)
+        return make(jax.random.key(self.config.seed))
 
     def _initial(self, key):
         return state_lib.initial(

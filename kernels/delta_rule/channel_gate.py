@@ -126,8 +126,8 @@ def _solve(inverse, k_read, v, beta, einsum):
 
 def _factors(g, docs):
     """Decay times document mask: read and write [N,B,H,R,C,K], carry [N,B,H,R,K]."""
-    from_start, to_end = channel_pairs.log_decays(g)[-1]
-    read, write, carry = jnp.exp(from_start), jnp.exp(to_end), jnp.exp(from_start[..., -1, :])
+    read, write = channel_pairs.decays(g)
+    carry = read[..., -1, :]
     if docs is None:
         return read, write, carry
     mask = documents.boundaries(docs)

@@ -1,10 +1,12 @@
 """The delta rule: the chunked form, its gradient and the public contract.
 
 Most comparisons run in float64, where the chunked form and the recurrence agree to 1e-12 and every
-wrong factor shows. Shapes repeat on purpose: each new one costs a compilation.
+wrong factor shows. Shapes repeat on purpose: each new one costs a compilation, for which machine code
+is optimised less than usual (the graph is the same).
 """
 
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -19,15 +21,15 @@ GOLDEN = ["delta_rule_0", "delta_rule_1", "gated_delta_rule_0", "gated_delta_rul
 GOLDEN += ["kda_0", "kda_1"]
 BACKENDS = ["reference", "xla"]
 GATES = ["none", "head", "channel"]
-B, T, H, HV, K, V, CHUNK = 2, 75, 2, 4, 6, 5, 32
+B, T, H, HV, K, V, CHUNK = 2, 78, 2, 4, 6, 5, 32
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-# Two rows: padding in front, between and behind, documents of one token (also with an id that came
-# before), a boundary on the edge of chunks (32), a document over a whole chunk, a row with one
-# document and one that ends in padding.
+# Padding in front, between and behind (also a chunk of nothing else), documents of one token (also
+# with an id that came before), a boundary on the edge of chunks (32), a document over two chunks.
 SEGMENTS = np.array(
     [
-        [0] * 2 + [7] * 5 + [3] + [7] + [0] * 3 + [4] * 20 + [2] * 35 + [1] + [9] * 4 + [0] * 3,
-        [5] * 64 + [6] * 11,
+        [0] * 2 + [7] * 5 + [3] + [7] + [0] * 3 + [4] * 20 + [2] * 20 + [1] + [9] * 5 + [0] * 20,
+        [5] * 64 + [6] * 14,
     ]
 )
 
@@ -57,11 +59,10 @@ def make_inputs(gate, dtype=np.float64, length=T, seed=0):
     }[gate]
     state = rng.standard_normal((B, HV, K, V))
     arrays = (q, k, v, beta, g, state)
-    return tuple(None if x is None else jnp.asarray(x.astype(dtype)) for x in arrays)
+    return tuple(None if x is None else x.astype(dtype) for x in arrays)
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "chunk_size"))
-def forward(q, k, v, beta, g, state=None, segments=None, *, backend="xla", chunk_size=CHUNK):
+def rule(q, k, v, beta, g, state=None, segments=None, *, backend="xla", chunk_size=CHUNK):
     return gated_delta_rule(
         *(q, k, v, beta, g),
         initial_state=state,
@@ -71,20 +72,30 @@ def forward(q, k, v, beta, g, state=None, segments=None, *, backend="xla", chunk
     )
 
 
-@functools.partial(jax.jit, static_argnames=("backend",))
+forward = compiled(rule, static_argnames=("backend", "chunk_size"))
+
+
+@functools.partial(compiled, static_argnames=("backend",))
 def forward_backward(q, k, v, beta, g, state, segments=None, *, backend="xla"):
     """((o, final state), gradients by name) for fixed random cotangents of both outputs."""
     inputs = dict(q=q, k=k, v=v, beta=beta, g=g, state=state)
 
     def run(inputs):
-        return forward(**inputs, segments=segments, backend=backend)
+        return rule(**inputs, segments=segments, backend=backend)
 
     outputs, pull = jax.vjp(run, inputs)
     return outputs, pull(cotangents(outputs))[0]
 
 
+def in_float64(inputs):
+    """`forward_backward` of the recurrence for the same numbers."""
+    with jax.enable_x64(True):
+        wide = [None if x is None else np.float64(x) for x in inputs]
+        return jax.tree.map(np.asarray, forward_backward(*wide, backend="reference"))
+
+
 def cotangents(outputs):
-    waves = [jnp.cos(1.7 * jnp.arange(x.size, dtype=x.dtype) ** 1.1) for x in outputs]
+    waves = [np.cos(1.7 * np.arange(x.size) ** 1.1).astype(x.dtype) for x in outputs]
     return tuple(wave.reshape(x.shape) for wave, x in zip(waves, outputs))
 
 
@@ -102,11 +113,11 @@ def assert_trees_close(actual, expected, bound):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_outputs(name, backend):
     data = np.load(DATA / f"{name}.npz")
-    o, final = jax.jit(functools.partial(gated_delta_rule, backend=backend))(
+    o, final = compiled(functools.partial(gated_delta_rule, backend=backend))(
         *(data[x] for x in ("q", "k", "v", "beta")),
-        data["g"] if "g" in data else None,
+        data.get("g"),
         scale=float(data["scale"]),
-        initial_state=data["initial_state"] if "initial_state" in data else None,
+        initial_state=data.get("initial_state"),
     )
     assert o.dtype == final.dtype == jnp.float32
     assert relative_rms(o, data["o"]) <= 1e-5
@@ -121,7 +132,7 @@ def test_golden_gradients(backend):
     def loss(*inputs):
         return jnp.sum(gated_delta_rule(*inputs, backend=backend)[0] * data["w"])
 
-    gradients = jax.jit(jax.grad(loss, argnums=range(5)))(*(jnp.asarray(data[x]) for x in names))
+    gradients = compiled(jax.grad(loss, argnums=range(5)))(*(data[x] for x in names))
     for name, gradient in zip(names, gradients):
         assert relative_rms(gradient, data[f"d{name}"]) <= 1e-4, name
 
@@ -141,7 +152,8 @@ def test_five_tokens_computed_by_hand(backend, gate, o_last, o_sum, state):
     q, k, v = (np.stack(x, -1)[None, :, None] for x in [*rows, (t + 1, (-1) ** t)])
     g_channel = np.stack([-0.1 * (t + 1), -0.05 * (t + 2)], -1)[None, :, None]
     g = {"none": None, "head": g_channel[..., 0], "channel": g_channel}[gate]
-    o, final = gated_delta_rule(q, k, v, (1 / (t + 2))[None, :, None], g, backend=backend)
+    inputs = (q, k, v, (1 / (t + 2))[None, :, None], g)
+    o, final = jax.tree.map(np.asarray, forward(*inputs, backend=backend))
     np.testing.assert_allclose(o[0, -1, 0], o_last, atol=2e-6)
     np.testing.assert_allclose(np.sum(o), o_sum, atol=5e-6)
     np.testing.assert_allclose(np.ravel(final), state, atol=2e-6)
@@ -150,51 +162,51 @@ def test_five_tokens_computed_by_hand(backend, gate, o_last, o_sum, state):
 # The chunked form against the recurrence.
 
 
-@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one", "packed"])
 @pytest.mark.parametrize("gate", GATES)
-def test_values_and_gradients_equal_the_recurrence(float64, gate, segments):
+def test_values_and_gradients_equal_the_recurrence(float64, gate):
     inputs = make_inputs(gate)
-    expected = forward_backward(*inputs, segments, backend="reference")
-    assert_trees_close(forward_backward(*inputs, segments), expected, 1e-12)
+    expected = forward_backward(*inputs, SEGMENTS, backend="reference")
+    assert_trees_close(forward_backward(*inputs, SEGMENTS), expected, 1e-12)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_rows_of_one_document_equal_the_recurrence(gate):
+    """float32, without segment ids, judged in float64."""
+    inputs = make_inputs(gate, np.float32)
+    assert_trees_close(forward_backward(*inputs), in_float64(inputs), 3e-6)
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_every_chunk_size_gives_the_same(float64, gate):
-    inputs = make_inputs(gate, length=130)
-    expected = forward(*inputs, backend="reference")
-    for chunk_size in [16, 128] if gate == "channel" else [1, 24, 64, 128]:
+    inputs = make_inputs(gate)
+    expected, _ = forward_backward(*inputs, backend="reference")
+    for chunk_size in [50] if gate == "channel" else [1, 128]:  # in effect 64; 16 and 128
         assert_trees_close(forward(*inputs, chunk_size=chunk_size), expected, 1e-12)
 
 
-def test_a_missing_state_is_zero(float64):
-    *inputs, state = make_inputs("head", length=3)
-    for backend in BACKENDS:
-        zero = forward(*inputs, jnp.zeros_like(state), backend=backend)
-        assert_trees_close(forward(*inputs, backend=backend), zero, 0)
-
-
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["head", "channel"])
 def test_splitting_a_row_changes_nothing(float64, gate):
     *inputs, state = make_inputs(gate)
     head, tail = (
         [None if x is None else x[:, part] for x in inputs]
-        for part in (slice(None, 41), slice(41, None))
+        for part in (slice(None, T // 2), slice(T // 2, None))
     )
     o_head, middle = forward(*head, state)
     o_tail, final = forward(*tail, middle)
-    parts = jnp.concatenate([o_head, o_tail], axis=1), final
+    parts = np.concatenate([o_head, o_tail], axis=1), final
     assert_trees_close(parts, forward(*inputs, state), 1e-12)
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_steps_equal_the_whole_row(float64, gate):
-    *inputs, state = make_inputs(gate)
-    step = jax.jit(gated_delta_rule_step)
+def test_steps_equal_the_whole_row(gate):
+    *inputs, state = make_inputs(gate, np.float32)
+    step = compiled(gated_delta_rule_step)
     after, outputs = state, []
     for t in range(T):
         o, after = step(after, *(None if x is None else x[:, t] for x in inputs))
         outputs.append(o)
-    assert_trees_close((jnp.stack(outputs, 1), after), forward(*inputs, state), 1e-12)
+    whole, _ = forward_backward(*inputs, state)
+    assert_trees_close((np.stack(outputs, 1), after), whole, 2e-6)
 
 
 # Documents.
@@ -204,17 +216,17 @@ def test_steps_equal_the_whole_row(float64, gate):
 def test_packed_documents_equal_documents_alone(float64, gate):
     """Each document of row 0 alone, without segment ids, through the recurrence."""
     *inputs, state = make_inputs(gate)
-    (o, final), gradients = forward_backward(*inputs, state, SEGMENTS)
+    results = forward_backward(*inputs, state, SEGMENTS)
+    (o, final), gradients = jax.tree.map(np.asarray, results)
     d_o, d_final = cotangents((o, final))
     row, is_real = SEGMENTS[0], SEGMENTS[0] != 0
     borders = [0, *(np.flatnonzero(row[1:] != row[:-1]) + 1), T]
-    spans = [(a, b) for a, b in zip(borders, borders[1:]) if row[a] != 0]
-    assert [b - a for a, b in spans] == [5, 1, 1, 20, 35, 1, 4]
+    spans = [(a, b) for a, b in itertools.pairwise(borders) if row[a] != 0]
+    assert [b - a for a, b in spans] == [5, 1, 1, 20, 20, 1, 5]
 
-    @jax.jit
+    @compiled
     def alone(inputs, state, d_o, d_final):
-        run = functools.partial(forward, backend="reference")
-        outputs, pull = jax.vjp(lambda x, s: run(*x, s), inputs, state)
+        outputs, pull = jax.vjp(lambda x, s: rule(*x, s, backend="reference"), inputs, state)
         return outputs, pull((d_o, d_final))
 
     for a, b in spans:
@@ -240,19 +252,19 @@ def test_packed_documents_equal_documents_alone(float64, gate):
 def test_padding_content_is_ignored(float64, gate, backend):
     *inputs, state = make_inputs(gate)
     padding = SEGMENTS == 0
-    spoilt = [jnp.where(padding.reshape(B, T, *(1,) * (x.ndim - 2)), -99.0, x) for x in inputs]
-    expected = forward(*inputs, state, SEGMENTS, backend=backend)
-    assert_trees_close(forward(*spoilt, state, SEGMENTS, backend=backend), expected, 0)
+    spoilt = [np.where(padding.reshape(B, T, *(1,) * (x.ndim - 2)), -99.0, x) for x in inputs]
+    expected = forward_backward(*inputs, state, SEGMENTS, backend=backend)
+    assert_trees_close(forward_backward(*spoilt, state, SEGMENTS, backend=backend), expected, 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_of_padding_keeps_its_state(float64, backend):
-    *inputs, state = make_inputs("head")
-    segments = SEGMENTS * [[0], [1]]
-    o, final = forward(*inputs, state, segments, backend=backend)
+    inputs = make_inputs("head")
+    results, _ = forward_backward(*inputs, SEGMENTS * [[0], [1]], backend=backend)
+    o, final = jax.tree.map(np.asarray, results)
     assert np.all(o[0] == 0)
-    np.testing.assert_array_equal(final[0], state[0])
-    assert relative_rms(final[1], state[1]) > 0.1
+    np.testing.assert_array_equal(final[0], inputs[-1][0])
+    assert relative_rms(final[1], inputs[-1][1]) > 0.1
 
 
 # Numerical extremes, in float32.
@@ -263,16 +275,14 @@ def test_extreme_gates(gate):
     q, k, v, beta, g, state = make_inputs(gate, np.float32)
     mixed = np.random.default_rng(1).choice([0.0, -0.01, -1.0, -20.0, -1e4], size=g.shape)
     for strong in (mixed, np.full(g.shape, -20.0), np.full(g.shape, -1e4), np.zeros(g.shape)):
-        inputs = (q, k, v, beta, jnp.asarray(strong, jnp.float32), state)
+        inputs = (q, k, v, beta, strong.astype(np.float32), state)
         actual = forward_backward(*inputs)
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(actual))
-        expected = forward_backward(*inputs, backend="reference")
-        if np.all(strong == -1e4):  # the true gradient of such gates is 0 or not a float32 number
-            assert np.max(np.abs(actual[1].pop("g"))) < 1e-30
-            assert np.max(np.abs(expected[1].pop("g"))) < 1e-30
-            assert np.max(np.abs(actual[1].pop("state"))) < 1e-30
-            assert np.max(np.abs(expected[1].pop("state"))) < 1e-30
-        assert_trees_close(actual, expected, 2e-5)  # float32 sums over 75 tokens
+        expected = in_float64(inputs)
+        if np.all(strong == -1e4):  # nothing survives one token: these gradients are 0
+            for name in ("g", "state"):
+                assert np.all(actual[1].pop(name) == 0) and np.all(expected[1].pop(name) == 0)
+        assert_trees_close(actual, expected, 3e-6)
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.0])
@@ -280,24 +290,20 @@ def test_extreme_gates(gate):
 def test_repeated_keys_are_accurate(gate, beta):
     """Power series lose every digit here; the recurrence in float64 is the judge."""
     q, k, v, old_beta, g, state = make_inputs(gate, np.float32)
-    k = jnp.broadcast_to(k[:, :1], k.shape)
-    g = None if g is None else jnp.zeros_like(g)
-    inputs = (q, k, v, jnp.full_like(old_beta, beta), g, state)
-    actual = forward_backward(*inputs)
-    with jax.enable_x64(True):
-        wide = [None if x is None else jnp.asarray(np.float64(x)) for x in inputs]
-        expected = forward_backward(*wide, backend="reference")
-    assert_trees_close(actual, expected, 1e-5)
+    k = np.broadcast_to(k[:, :1], k.shape)
+    g = None if g is None else np.zeros_like(g)
+    inputs = (q, k, v, np.full_like(old_beta, beta), g, state)
+    assert_trees_close(forward_backward(*inputs), in_float64(inputs), 1e-5)
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_tokens_that_write_nothing(gate):
     """beta = 0 or k = 0, no decay: the state stays as it is, bit for bit."""
     q, k, v, beta, g, state = make_inputs(gate, np.float32)
-    g = None if g is None else jnp.zeros_like(g)
-    (_, final), _ = forward_backward(q, k, v, jnp.zeros_like(beta), g, state)
+    g = None if g is None else np.zeros_like(g)
+    (_, final), _ = forward_backward(q, k, v, np.zeros_like(beta), g, state)
     np.testing.assert_array_equal(final, state)
-    (_, final), _ = forward_backward(q, jnp.zeros_like(k), v, beta, g, state)
+    (_, final), _ = forward_backward(q, np.zeros_like(k), v, beta, g, state)
     np.testing.assert_array_equal(final, state)
 
 
@@ -306,7 +312,8 @@ def test_bfloat16_inputs():
     rounded = [x.astype(jnp.bfloat16) for x in inputs[:4]]
     o, final = forward(*rounded, *inputs[4:])
     assert o.dtype == jnp.bfloat16 and final.dtype == jnp.float32
-    o_wide, final_wide = forward(*(x.astype(jnp.float32) for x in rounded), *inputs[4:])
+    wide = (x.astype(np.float32) for x in rounded)
+    (o_wide, final_wide), _ = forward_backward(*wide, *inputs[4:])
     assert relative_rms(final, final_wide) <= 1e-6  # computed in float32
     assert relative_rms(o, o_wide) <= 3e-3  # o itself is rounded to 8 bits
 
@@ -316,27 +323,29 @@ def test_bfloat16_inputs():
 
 def test_equal_channels_equal_one_gate_per_head(float64):
     q, k, v, beta, g, state = make_inputs("head")
-    wide = jnp.broadcast_to(g[..., None], (*g.shape, K))
-    by_head = forward_backward(q, k, v, beta, g, state)
-    by_channel = forward_backward(q, k, v, beta, wide, state)
-    by_channel[1]["g"] = jnp.sum(by_channel[1]["g"], axis=-1)
+    wide = np.broadcast_to(g[..., None], (*g.shape, K))
+    by_head = forward_backward(q, k, v, beta, g, state, SEGMENTS)
+    by_channel = forward_backward(q, k, v, beta, wide, state, SEGMENTS)
+    by_channel[1]["g"] = np.sum(by_channel[1]["g"], axis=-1)
     assert_trees_close(by_channel, by_head, 1e-12)
 
 
 def test_zero_gates_equal_no_gates(float64):
     q, k, v, beta, g, state = make_inputs("head")
-    zero = forward_backward(q, k, v, beta, jnp.zeros_like(g), state)
+    zero = forward_backward(q, k, v, beta, np.zeros_like(g), state, SEGMENTS)
     zero[1]["g"] = None
-    assert_trees_close(forward_backward(q, k, v, beta, None, state), zero, 1e-12)
+    assert_trees_close(forward_backward(q, k, v, beta, None, state, SEGMENTS), zero, 1e-12)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["head", "channel"])
 def test_outputs_do_not_see_the_future(float64, gate):
     *inputs, state = make_inputs(gate)
-    o, _ = forward(*inputs, state)
+    o = np.asarray(forward(*inputs, state)[0])
     for t in (31, 40, 64):
-        later = [None if x is None else x.at[:, t].multiply(0.5) for x in inputs]
-        o_later, _ = forward(*later, state)
+        later = [np.array(x) for x in inputs]
+        for x in later:
+            x[:, t] *= 0.5
+        o_later = np.asarray(forward(*later, state)[0])
         np.testing.assert_array_equal(o_later[:, :t], o[:, :t])
         assert np.all(np.any(o_later[:, t] != o[:, t], axis=-1))
 
@@ -344,9 +353,9 @@ def test_outputs_do_not_see_the_future(float64, gate):
 # Transformations.
 
 
-@pytest.mark.parametrize("gate", ["head", "channel"])
+@pytest.mark.parametrize("gate", ["head", pytest.param("channel", marks=pytest.mark.slow)])
 def test_vmap_scan_and_checkpoint(gate):
-    *inputs, state = make_inputs(gate, np.float32, length=17)
+    *inputs, _ = make_inputs(gate, np.float32, length=17)
 
     def loss(inputs, backend):
         """Two layers by scan, each recomputed in the backward pass, over two stacked batches."""
@@ -358,9 +367,9 @@ def test_vmap_scan_and_checkpoint(gate):
         v, _ = jax.lax.scan(jax.checkpoint(layer), inputs[2], length=2)
         return jnp.sum(jnp.sin(v))
 
-    stacked = [jnp.stack([x, x[::-1]]) for x in inputs]
+    stacked = [np.stack([x, x[::-1]]) for x in inputs]
     results = [
-        jax.jit(jax.vmap(jax.grad(functools.partial(loss, backend=backend))))(stacked)
+        compiled(jax.vmap(jax.grad(functools.partial(loss, backend=backend))))(stacked)
         for backend in BACKENDS
     ]
     assert_trees_close(results[1], results[0], 1e-5)
@@ -386,8 +395,8 @@ def test_inside_shard_map(backend):
     def plain(*inputs):
         return sum(jnp.sum(jnp.sin(x)) for x in gated_delta_rule(*inputs, backend="reference"))
 
-    gradients = jax.jit(jax.grad(loss, argnums=range(5)))(*inputs)
-    assert_trees_close(gradients, jax.jit(jax.grad(plain, argnums=range(5)))(*inputs), 1e-5)
+    gradients = compiled(jax.grad(loss, argnums=range(5)))(*inputs)
+    assert_trees_close(gradients, compiled(jax.grad(plain, argnums=range(5)))(*inputs), 1e-5)
 
 
 # Errors.

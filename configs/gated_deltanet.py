@@ -7,7 +7,7 @@ Key heads take 3/4 of the width and values twice that, so that a mixer has 6 wid
 340m size keeps this rule; the published file of that name keeps the heads of the 1.3b size instead.
 """
 
-from effarch import config
+from effarch import config, names
 from effarch.configs import recipes
 
 #        width depth heads head_dim (of keys; values are twice as wide)
@@ -26,11 +26,11 @@ LAYERS = {
 def get_config(arg=""):
     switches = config.parse_arg(arg, size="tiny", layers="pure")
     size = switches["size"]
-    width, depth, num_heads, head_dim = config.choose(SIZES, size, "size")
+    width, depth, num_heads, head_dim = names.lookup(SIZES, size, "size")
     c = recipes.language_model(size)
     c.name = f"gated-deltanet-{switches['layers']}-{size}"
     c.model.width, c.model.depth = width, depth
-    c.model.layers = config.choose(LAYERS, switches["layers"], "layers")
+    c.model.layers = names.lookup(LAYERS, switches["layers"], "layers")
     c.model.blocks.gated_delta_net.update(num_heads=num_heads, head_dim=head_dim)
     c.model.blocks.attention.num_heads = width // 64
     return c

@@ -1,10 +1,10 @@
 """A gated-DeltaNet hybrid that learns the Python standard library on a laptop in minutes.
 
-    python -m effarch.train --config=configs/quickstart.py
-    python -m effarch.train --config=configs/quickstart.py:mixer=attention   (its attention-only twin)
+python -m effarch.train --config=configs/quickstart.py
+python -m effarch.train --config=configs/quickstart.py:mixer=attention   (its attention-only twin)
 """
 
-from effarch import config
+from effarch import config, names
 
 LAYERS = {
     "hybrid": "3*gated_delta_net/glu + attention/glu",
@@ -20,7 +20,7 @@ def get_config(arg=""):
     c.data.batch_size = 8
     c.model.width = 256
     c.model.depth = 4
-    c.model.layers = config.choose(LAYERS, switches["mixer"], "mixer")
+    c.model.layers = names.lookup(LAYERS, switches["mixer"], "mixer")
     c.model.blocks.attention.update(num_heads=4, head_dim=64, qk_norm=True)
     c.model.blocks.gated_delta_net.update(num_heads=3, head_dim=64, expand_v=2.0)
     c.model.blocks.glu.hidden = 768

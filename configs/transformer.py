@@ -5,7 +5,7 @@
 Sizes: DeltaNet, arXiv 2406.06484, and flame's configs (width 1024 / 2048, 24 layers, heads of 64).
 """
 
-from effarch import config
+from effarch import config, names
 from effarch.configs import recipes
 
 #        width depth heads
@@ -19,7 +19,7 @@ SIZES = {
 
 def get_config(arg=""):
     size = config.parse_arg(arg, size="tiny")["size"]
-    width, depth, num_heads = config.choose(SIZES, size, "size")
+    width, depth, num_heads = names.lookup(SIZES, size, "size")
     c = recipes.language_model(size)
     c.name = f"transformer-{size}"
     c.model.width, c.model.depth = width, depth

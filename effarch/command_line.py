@@ -13,7 +13,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from effarch.models import registry
+from effarch import names
 
 USER_ERROR = 2
 CONFIGS = pathlib.Path(__file__).resolve().parent / "configs"
@@ -55,7 +55,7 @@ def user_errors(*kinds: type[Exception], code: int = USER_ERROR) -> Iterator[Non
     """Exceptions of these kinds (ValueError and OSError) become one sentence and an exit code."""
     try:
         yield
-    except kinds or (ValueError, OSError, flags.Error) as error:
+    except kinds or (ValueError, OSError, flags.Error) as error:  # noqa: B030
         if FLAGS.is_parsed() and FLAGS.traceback:
             traceback.print_exc()
         fail(" ".join(str(error).split()), code)
@@ -109,7 +109,7 @@ def _unknown_field(arguments: list[str], error: Exception) -> str:
                 for name in field.split("."):
                     if not isinstance(section, ConfigDict) or name not in section:
                         known = section if isinstance(section, ConfigDict) else ()
-                        return f"{field} is not a config field. {registry.did_you_mean(name, known)}"
+                        return f"{field} is not a config field. {names.did_you_mean(name, known)}"
                     section = section[name]
     return str(error)
 
@@ -135,7 +135,7 @@ def _resolve_config(argument: str) -> str:
             known = [path.stem for path in CONFIGS.glob("[a-z]*.py")]
             fail(
                 f"--config={path}: no such file. Shipped configs: "
-                f"{registry.did_you_mean(pathlib.Path(path).stem, known).removeprefix('Known: ')}"
+                f"{names.did_you_mean(pathlib.Path(path).stem, known).removeprefix('Known: ')}"
             )
         path = str(shipped)
     return f"--config={path}{colon}{rest}"
@@ -153,5 +153,3 @@ def _help(usage: str) -> str:
         default = "" if flag.default in (None, False, "", []) else f" (default: {flag.default})"
         lines.append(f"  --{flag.name:<16} {flag.help}{default}")
     return "\n".join(lines)
-
-

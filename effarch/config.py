@@ -6,11 +6,11 @@ effarch.train --config=FILE --config.some.field=value` overrides them. `finish` 
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
+from effarch import names
 from effarch.models import ffns, mixers, registry
 from effarch.training import optimizers
 
@@ -40,7 +40,9 @@ def default() -> ConfigDict:
     c.train = ConfigDict()
     c.train.num_steps = 1000
     c.train.accumulate = 1  # micro-batches a step
-    c.train.spike_factor = 0.0  # skip updates whose gradient norm is this often the usual one; 0 off
+    c.train.spike_factor = (
+        0.0  # skip updates whose gradient norm is this often the usual one; 0 off
+    )
     c.train.max_bad_steps = 10  # give up after so many skipped updates in a row (NaN or spike)
 
     c.eval = ConfigDict()
@@ -113,11 +115,11 @@ def block(kind: str, **options) -> ConfigDict:
 
     `c.model.blocks.local = config.block("attention", window=512)` makes `local/glu` a block.
     """
-    constructor = registry.lookup({**mixers.KINDS, **ffns.KINDS}, kind, "model.blocks kind")
+    constructor = names.lookup({**mixers.KINDS, **ffns.KINDS}, kind, "model.blocks kind")
     section = registry.section(constructor)
     for name, value in options.items():
         if name not in section:
-            raise ValueError(f"{kind}.{name} is not an option. {registry.did_you_mean(name, section)}")
+            raise ValueError(f"{kind}.{name} is not an option. {names.did_you_mean(name, section)}")
         section[name] = value
     section.kind = kind
     return section
@@ -130,21 +132,16 @@ def parse_arg(arg: str | None, **defaults):
         name, equals, text = part.partition("=")
         if not equals or name not in defaults:
             raise ValueError(
-                f"config argument {part!r} is not known. {registry.did_you_mean(name, defaults)}"
+                f"config argument {part!r} is not known. {names.did_you_mean(name, defaults)}"
             )
         try:
             values[name] = type(defaults[name])(text)
         except ValueError:
             kind = type(defaults[name]).__name__
-            raise ValueError(f"config argument {part!r}: expected a value of type {kind}.") from None
+            raise ValueError(
+                f"config argument {part!r}: expected a value of type {kind}."
+            ) from None
     return values
-
-
-def choose(table: Mapping[str, Any], name: str, what: str):
-    """table[name], or one sentence with the nearest name."""
-    if name not in table:
-        raise ValueError(f"{what}={name!r} is not known. {registry.did_you_mean(name, table)}")
-    return table[name]
 
 
 def to_json(config) -> str:
@@ -185,15 +182,13 @@ def _with_tuples(value):
     return value
 
 
-
-
 def differences(first, second) -> list[tuple[str, Any, Any]]:
     """(field, value in first, value in second) of every field in which two configs differ."""
     flat = [_flatten(_plain(config)) for config in (first, second)]
-    names = sorted(set(flat[0]) | set(flat[1]))
+    fields = sorted(set(flat[0]) | set(flat[1]))
     return [
         (name, flat[0].get(name), flat[1].get(name))
-        for name in names
+        for name in fields
         if flat[0].get(name) != flat[1].get(name)
     ]
 

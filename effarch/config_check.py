@@ -8,19 +8,39 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from effarch import config as config_lib
+from effarch import names
 from effarch.models import build, ffns, layer_language, mixers, registry, stack
 from effarch.parallel import mesh as mesh_lib
 from effarch.training import optimizers, schedules
 
 POSITIVE = (
-    "data.seq_len data.batch_size model.width model.depth train.num_steps train.accumulate "
-    "train.max_bad_steps log.every_steps checkpoint.keep optimizer.learning_rate model.norm.eps"
-).split()
+    "checkpoint.keep",
+    "data.batch_size",
+    "data.seq_len",
+    "log.every_steps",
+    "model.depth",
+    "model.norm.eps",
+    "model.width",
+    "optimizer.learning_rate",
+    "train.accumulate",
+    "train.max_bad_steps",
+    "train.num_steps",
+)
 NOT_NEGATIVE = (
-    "seed data.val_permille model.vocab_size model.z_loss train.spike_factor eval.every_steps "
-    "eval.max_batches checkpoint.every_steps checkpoint.keep_period optimizer.clip_norm "
-    "optimizer.schedule.warmup_steps log.sample_tokens model.init_std"
-).split()
+    "checkpoint.every_steps",
+    "checkpoint.keep_period",
+    "data.val_permille",
+    "eval.every_steps",
+    "eval.max_batches",
+    "log.sample_tokens",
+    "model.init_std",
+    "model.vocab_size",
+    "model.z_loss",
+    "optimizer.clip_norm",
+    "optimizer.schedule.warmup_steps",
+    "seed",
+    "train.spike_factor",
+)
 CHOICES = {
     "model.dtype": ("auto", *build.DTYPES),
     "model.param_dtype": tuple(build.DTYPES),
@@ -33,7 +53,7 @@ CHOICES = {
 
 
 def finish(config: ConfigDict, *, num_devices: int | None = None):
-    """Checks the config and returns it frozen. With `num_devices`, the mesh and batch are checked too."""
+    """Checks the config and returns it frozen; with `num_devices` mesh and batch as well."""
     checked = config_lib.from_json(config_lib.to_json(config))
     _check_fields(checked, config_lib.default(), "")
     _check_blocks(checked)
@@ -42,7 +62,7 @@ def finish(config: ConfigDict, *, num_devices: int | None = None):
     for field in NOT_NEGATIVE:
         _require(_get(checked, field) >= 0, field, checked, "must not be negative")
     for field, known in CHOICES.items():
-        config_lib.choose(dict.fromkeys(known), _get(checked, field), field)
+        names.lookup(dict.fromkeys(known), _get(checked, field), field)
     _check_batch(checked, num_devices)
     return config_lib.freeze(checked)
 
@@ -63,7 +83,7 @@ def _check_fields(config: ConfigDict, known: ConfigDict, prefix: str) -> None:
     for name in config:
         if name not in known:
             raise ValueError(
-                f"{prefix}{name} is not a config field. {registry.did_you_mean(name, known)}"
+                f"{prefix}{name} is not a config field. {names.did_you_mean(name, known)}"
             )
     for name in known:
         field = prefix + name
@@ -100,8 +120,8 @@ def _check_blocks(config: ConfigDict) -> None:
         if not isinstance(section, ConfigDict):
             raise ValueError(f"{field}={section!r} must be a section, not a value.")
         if "kind" not in section:
-            raise ValueError(f"{field} has no kind. {registry.did_you_mean('', kinds)}")
-        registry.lookup(kinds, section.kind, f"{field}.kind")
+            raise ValueError(f"{field} has no kind. {names.did_you_mean('', kinds)}")
+        names.lookup(kinds, section.kind, f"{field}.kind")
         known = registry.section(kinds[section.kind])
         known.kind = section.kind
         _check_fields(section, known, field + ".")
@@ -116,7 +136,7 @@ def _check_name(blocks: ConfigDict, name: str, kinds, role: str, number: int) ->
     if name not in fitting:
         raise ValueError(
             f"model.layers: {name!r} (layer {number}) is not the {role} of any section of "
-            f"model.blocks. {registry.did_you_mean(name, fitting)}"
+            f"model.blocks. {names.did_you_mean(name, fitting)}"
         )
 
 
@@ -145,5 +165,3 @@ def _check_batch(config: ConfigDict, num_devices: int | None) -> None:
             f"data.seq_len={config.data.seq_len} cannot be split over mesh.context="
             f"{shape['context']}; use a multiple of it."
         )
-
-

@@ -39,7 +39,7 @@ def main() -> int:
 
         plan = setup.prepare(config)
         folder = pathlib.Path(FLAGS.workdir or pathlib.Path("runs") / plan.name)
-        run_folder.create(folder, plan.config)
+        run_folder.create(folder, plan.config, data=plan.dataset.fingerprint)
     with (
         command_line.user_errors(loop.BadSteps, code=BAD_STEPS),
         command_line.user_errors(

@@ -90,13 +90,19 @@ def changed(**fields):
         (dict(model__layers="glu/attention"), "'glu' (layer 0) is not the mixer of any section"),
         (dict(model__layers="none/glu"), "'none' (layer 0) is not the mixer"),
         (dict(model__layers="attention"), "'attention' is not a block"),
-        (dict(model__blocks__attention__windw=3), "model.blocks.attention.windw is not a config field"),
+        (
+            dict(model__blocks__attention__windw=3),
+            "model.blocks.attention.windw is not a config field",
+        ),
         (dict(model__blocks__attention__kind="atention"), "Did you mean 'attention'?"),
         (dict(model__blocks__glu="x"), "model.blocks.glu='x' must be a section"),
         (dict(train__accumulate=3), "data.batch_size=16 is not a multiple of train.accumulate=3"),
         (dict(mesh__data=3), "does not fit 8 device"),
         (dict(data__batch_size=12), "use a multiple of 8, for example 16"),
-        (dict(mesh__context=8, mesh__fsdp=1, data__seq_len=252), "data.seq_len=252 cannot be split"),
+        (
+            dict(mesh__context=8, mesh__fsdp=1, data__seq_len=252),
+            "data.seq_len=252 cannot be split",
+        ),
     ],
 )
 def test_wrong_configs_are_refused_in_one_sentence(fields, words):

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LEVELS = [
+    ("effarch.names",),
     ("effarch.kernels",),
     ("effarch.quantization", "effarch.parallel"),
     ("effarch.data", "effarch.models"),
@@ -23,7 +24,11 @@ LEVELS = [
 
 def modules() -> dict[str, pathlib.Path]:
     found = {}
-    for top, prefix in (("effarch", "effarch"), ("kernels", "effarch.kernels"), ("configs", "effarch.configs")):
+    for top, prefix in (
+        ("effarch", "effarch"),
+        ("kernels", "effarch.kernels"),
+        ("configs", "effarch.configs"),
+    ):
         for path in (ROOT / top).rglob("*.py"):
             relative = path.relative_to(ROOT / top).with_suffix("")
             if top == "effarch" and relative.parts[0] in ("kernels", "configs"):

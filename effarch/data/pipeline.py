@@ -19,7 +19,8 @@ import grain
 import numpy as np
 from absl import logging
 
-from effarch.data import mixture, sources
+from effarch import names as names_lib
+from effarch.data import mixture
 from effarch.data.dataset import Dataset
 
 Batch = dict[str, np.ndarray]
@@ -275,7 +276,7 @@ def _known_sources(wanted: Sequence[str], known: Sequence[str]) -> tuple[str, ..
     for source in wanted:
         if source not in known:
             raise ValueError(
-                f"sources: {source!r} is not in the prepared folder (it holds {', '.join(known)})."
-                + sources.did_you_mean(source, known)
+                f"sources: {source!r} is not in the prepared folder. "
+                f"{names_lib.did_you_mean(source, known)}"
             )
     return tuple(wanted) or tuple(known)

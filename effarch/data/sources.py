@@ -5,13 +5,13 @@ embedded.py) and one line in EMBEDDED below.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from effarch import names as names_lib
 from effarch.data import embedded, files, hub
 from effarch.data.corpus import Corpus
 
@@ -79,10 +79,9 @@ def corpus_of(spec: str) -> Corpus:
     kind, _, rest = spec.partition(":")
     if kind == "embedded":
         if rest not in EMBEDDED:
+            known = [f"embedded:{name}" for name in EMBEDDED]
             raise ValueError(
-                f"sources: {spec!r} is not an embedded corpus. Known: "
-                f"{', '.join('embedded:' + name for name in sorted(EMBEDDED))}."
-                + did_you_mean(rest, EMBEDDED, prefix="embedded:")
+                f"sources: {spec!r} is not an embedded corpus. {names_lib.did_you_mean(spec, known)}"
             )
         return EMBEDDED[rest]()
     if kind == "files" and rest:
@@ -90,12 +89,6 @@ def corpus_of(spec: str) -> Corpus:
     if kind == "hf" and rest:
         return hub.corpus(rest)
     raise ValueError(f"sources: {spec!r} is not a source. Write one of {', '.join(_KINDS)}.")
-
-
-def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any], *, prefix: str = "") -> str:
-    """' Did you mean ...?' for the known word nearest to `word`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{prefix}{near[0]}'?" if near else ""
 
 
 def is_validation(text: str, val_permille: int) -> bool:

@@ -21,8 +21,6 @@ import numpy as np
 import tokenizers as hf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from effarch.data import sources
-
 DOCUMENT_TOKEN = "<|endoftext|>"
 # Tried in this order in a tokenizer.json that somebody else made.
 KNOWN_DOCUMENT_TOKENS = (
@@ -202,10 +200,7 @@ def build(spec: str, texts: Callable[[], Iterator[str]]) -> Tokenizer:
         return FileTokenizer(spec, _read_json(spec, Path(path)), document_token)
     if kind == "hf" and path:
         return FileTokenizer(spec, _fetch_json(spec, path), document_token)
-    raise ValueError(
-        f"tokenizer: {spec!r} is not a tokenizer. Write one of {', '.join(_KINDS)}."
-        + sources.did_you_mean(kind, ["bytes", "bpe", "file", "hf"])
-    )
+    raise ValueError(f"tokenizer: {spec!r} is not a tokenizer. Write one of {', '.join(_KINDS)}.")
 
 
 def check(spec: str) -> str:

@@ -51,7 +51,8 @@ def count(model: language_model.LanguageModel, seq_len: int) -> Counts:
         params_matmul=weights + head,
         params_non_embedding=weights,
         params_active=weights + head - idle,
-        flops_per_token=BACKWARD_FACTOR * (2.0 * head + sum(flops_by_module(model, seq_len).values())),
+        flops_per_token=BACKWARD_FACTOR
+        * (2.0 * head + sum(flops_by_module(model, seq_len).values())),
     )
 
 

@@ -16,7 +16,9 @@ class Residual(nnx.Module):
     pre: x + F(N(x)); post: N(x + F(x)); peri: x + N_out(F(N_in(x))) (Peri-LN, arXiv 2502.02732).
     """
 
-    def __init__(self, width: int, *, placement: str = "pre", eps: float = 1e-6, param_dtype=jnp.float32):
+    def __init__(
+        self, width: int, *, placement: str = "pre", eps: float = 1e-6, param_dtype=jnp.float32
+    ):
         if placement not in PLACEMENTS:
             raise ValueError(
                 f"model.norm.placement={placement!r} is not known; use {', '.join(PLACEMENTS)}."
@@ -41,7 +43,9 @@ class Residual(nnx.Module):
 class Block(nnx.Module):
     """(x, ctx, cache) -> (x, cache, aux); `ffn` may be None."""
 
-    def __init__(self, width: int, *, mixer, ffn, norm_placement: str, norm_eps: float, param_dtype):
+    def __init__(
+        self, width: int, *, mixer, ffn, norm_placement: str, norm_eps: float, param_dtype
+    ):
         options = dict(placement=norm_placement, eps=norm_eps, param_dtype=param_dtype)
         self.mixer = mixer
         self.mixer_residual = Residual(width, **options)

@@ -72,7 +72,9 @@ def _block_maker(config, layer: layer_language.Layer, shared) -> Callable[[nnx.R
         return block_lib.Block(
             config.width,
             mixer=_construct(config, mixers.KINDS, layer.mixer, supplied),
-            ffn=None if layer.ffn == "none" else _construct(config, ffns.KINDS, layer.ffn, supplied),
+            ffn=None
+            if layer.ffn == "none"
+            else _construct(config, ffns.KINDS, layer.ffn, supplied),
             norm_placement=config.norm.placement,
             norm_eps=config.norm.eps,
             param_dtype=shared["param_dtype"],

@@ -37,7 +37,12 @@ def _forward(graphdef, variables, tokens_BT, lengths_B, start_B, cache):
     return forward(nnx.merge(graphdef, variables), tokens_BT, lengths_B, start_B, cache)
 
 
-@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("temperature", "top_k", "top_p"), donate_argnums=(4,))
+@functools.partial(
+    jax.jit,
+    static_argnums=(0,),
+    static_argnames=("temperature", "top_k", "top_p"),
+    donate_argnums=(4,),
+)
 def _next(graphdef, variables, token_B, position_B, cache, key, **options):
     logits_BW, cache = forward(
         nnx.merge(graphdef, variables), token_B[:, None], jnp.ones_like(token_B), position_B, cache

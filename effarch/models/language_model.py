@@ -1,5 +1,7 @@
 """A language model: embedding, blocks, norm, head."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -95,7 +97,11 @@ class LanguageModel(nnx.Module):
         """An empty decode cache for sequences of up to `length` tokens."""
         caches = {}
         for name, block in self.layers.items():
-            repeats = len(parameters.stack_layers(name))
+            shape = (len(parameters.stack_layers(name)),)
             one = block.mixer.init_cache(batch, length)
-            caches[name] = jax.tree.map(lambda x: jnp.repeat(x[None], repeats, axis=0), one)
+            caches[name] = jax.tree.map(functools.partial(_stacked, shape), one)
         return caches
+
+
+def _stacked(shape: tuple[int, ...], x: Array) -> Array:
+    return jnp.broadcast_to(x, shape + x.shape)

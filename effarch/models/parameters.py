@@ -56,13 +56,20 @@ def public_paths(path: str) -> tuple[str, ...]:
 
 def path_of(key_path) -> str:
     """A JAX key path as text joined by `/`."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in key_path)
+    return "/".join(_entry(key) for key in key_path)
+
+
+def _entry(key) -> str:
+    for name in ("key", "name", "idx"):
+        if hasattr(key, name):
+            return str(getattr(key, name))
+    raise TypeError(f"{key!r} is not an entry of a key path")
 
 
 def describe(variables: nnx.State) -> dict:
     """A nested plain dict of ParamInfo in the shape of the parameters.
 
-    `variables` is a State of Variables (abstract ones serve) that carry `logical` and, optionally, `decay`.
+    `variables` is a State of Variables, real or abstract, that carry `logical` and maybe `decay`.
     """
 
     def one(key_path, variable):
@@ -70,7 +77,9 @@ def describe(variables: nnx.State) -> dict:
         logical = variable.get_metadata("logical")
         own = [axis for axis in logical if axis != "layers"]
         decay = variable.get_metadata("decay", len(own) >= 2)
-        return ParamInfo(path, public_paths(path), logical, tuple(variable.get_value().shape), decay)
+        return ParamInfo(
+            path, public_paths(path), logical, tuple(variable.get_value().shape), decay
+        )
 
     tree = jax.tree_util.tree_map_with_path(
         one, variables, is_leaf=lambda node: isinstance(node, nnx.Variable)

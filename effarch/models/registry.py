@@ -4,7 +4,6 @@ A block's constructor is `Kind(width, *, option=default, ..., rngs)`. Its keywor
 config section, except the ones in SHARED, which the builder passes to whoever takes them.
 """
 
-import difflib
 import inspect
 import types
 import typing
@@ -44,21 +43,6 @@ def optional_type(hint) -> type:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return next(part for part in typing.get_args(hint) if part is not type(None))
     return hint
-
-
-def lookup(kinds: Mapping[str, typing.Any], kind: str, field: str):
-    """The registered constructor, or one sentence with the nearest name."""
-    if kind not in kinds:
-        raise ValueError(f"{field}={kind!r} is not known. {did_you_mean(kind, kinds)}")
-    return kinds[kind]
-
-
-def did_you_mean(name: str, known) -> str:
-    """`Known: a, b, c. Did you mean 'b'?`"""
-    known = sorted(map(str, known))
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    text = f"Known: {', '.join(known)}."
-    return f"{text} Did you mean {near[0]!r}?" if near else text
 
 
 def accepted(constructor, supplied: Mapping[str, typing.Any]) -> dict[str, typing.Any]:

@@ -47,7 +47,9 @@ def write_samples(plan: setup.Setup, folder: pathlib.Path, state) -> dict[str, s
     encoded = [
         [tokenizer.document_token, *map(int, ids)] for ids in tokenizer.encode_batch(list(prompts))
     ]
-    columns = list(decoding.generate(model, encoded, max_tokens=num_tokens, temperature=0.8, top_p=0.95))
+    columns = list(
+        decoding.generate(model, encoded, max_tokens=num_tokens, temperature=0.8, top_p=0.95)
+    )
     (folder / run_folder.SAMPLES).mkdir(exist_ok=True)
     texts = {}
     for row, prompt in enumerate(prompts):
@@ -76,6 +78,7 @@ def summarize(plan: setup.Setup, outcome: loop.Outcome) -> dict:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "skipped_steps": int(outcome.state.opt_state.skipped),
         "seconds": outcome.seconds,
+        "resumes": outcome.resumes,
         "compile_seconds": outcome.compile_seconds,
         **_yardsticks(plan),
         **{f"val/{name}": value for name, value in outcome.final.items()},

@@ -30,7 +30,8 @@ class Outcome:
     exit_code: int
     """0 if it is finished, 143 or 130 if it was told to stop."""
     seconds: float
-    """Wall-clock of this process, from the first array to the last evaluation."""
+    """Wall-clock of all processes that worked on the run, up to the last evaluation."""
+    resumes: int
     compile_seconds: float
     rates: dict[str, float]
 
@@ -51,6 +52,7 @@ class Loop:
         self.key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
         self.eval_step = plan.eval_step()
         self.windows = evaluation.batches(plan, max_batches=self.config.eval.max_batches)
+        self._resumes, self._seconds_before = 0, 0.0
         self._signal: int | None = None
         self._bad_steps: list[int] = []
 
@@ -59,7 +61,12 @@ class Loop:
         total = self.config.train.num_steps
         with setup.open_checkpoints(self.plan, self.folder) as saved, self._catching_signals():
             restored = saved.restore(self.plan.target())
-            start, state = (restored[0], restored[1]) if restored else (0, self.plan.init())
+            if restored is None:
+                saved.check_writable()
+                start, state = 0, self.plan.init()
+            else:
+                start, state, record = restored
+                self._resumes, self._seconds_before = record["resumes"] + 1, record["seconds"]
             peak = accounting.peak_flops(jax.devices()[0])
             with (
                 writers.MetricsWriter(
@@ -89,7 +96,8 @@ class Loop:
                     state,
                     final,
                     code,
-                    seconds=shown.elapsed(),
+                    seconds=self._seconds(),
+                    resumes=self._resumes,
                     compile_seconds=shown.seconds.get(progress.COMPILE, 0.0),
                     rates=shown.rates(),
                 )
@@ -115,7 +123,11 @@ class Loop:
                     waiting = None
                     self._evaluate(state, step + 1)
                 stop = self._signal is not None
-                if self._due(self.config.checkpoint.every_steps, step + 1) or stop or step + 1 == total:
+                if (
+                    self._due(self.config.checkpoint.every_steps, step + 1)
+                    or stop
+                    or step + 1 == total
+                ):
                     if waiting is not None:
                         self._read(*waiting)
                         waiting = None
@@ -167,14 +179,16 @@ class Loop:
         if values["skipped_in_a_row"] >= self.config.train.max_bad_steps:
             path = self.folder / "bad_batches.json"
             windows = {str(bad): self.batches.window_ids(bad - 1) for bad in self._bad_steps}
-            run_folder.write_json(path, {"steps": windows, "metrics": {k: str(v) for k, v in values.items()}})
+            run_folder.write_json(path, {"steps": windows, "loss": str(values["loss"])})
             raise BadSteps(
                 f"train.max_bad_steps={self.config.train.max_bad_steps}: as many updates in a row were "
-                f"skipped, the last at step {step} ({reason}); the batches are listed in {path}, and the "
-                "last good checkpoint is kept. Lower optimizer.learning_rate or look at those batches."
+                f"skipped, the last at step {step} ({reason}); their batches are listed in {path} and "
+                "the last checkpoint is kept: lower optimizer.learning_rate, or look at those batches."
             )
 
-    def _evaluate(self, state: TrainState, step: int, *, everything: bool = False) -> dict[str, float]:
+    def _evaluate(
+        self, state: TrainState, step: int, *, everything: bool = False
+    ) -> dict[str, float]:
         windows = evaluation.batches(self.plan) if everything else self.windows
         if not len(windows):
             return {}
@@ -192,7 +206,11 @@ class Loop:
     def _save(self, state: TrainState, step: int) -> None:
         with self.shown.pause("checkpoint"):
             self.writer.sync()
-            self.saved.save(step, state, {"step": step, "tokens": step * self.plan.tokens_per_step})
+            record = {"resumes": self._resumes, "seconds": self._seconds()}
+            self.saved.save(step, state, record)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + self.shown.elapsed()
 
     def _due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0

@@ -1,6 +1,6 @@
 """A run's folder: its config, and the guard against two runs in one place.
 
-    config.json  checkpoints/  metrics.jsonl  tensorboard/  samples/  summary.json  report.html
+config.json  checkpoints/  metrics.jsonl  tensorboard/  samples/  summary.json  report.html
 """
 
 import contextlib
@@ -15,10 +15,11 @@ from effarch import config as config_lib
 CONFIG, SUMMARY, CHECKPOINTS, SAMPLES = "config.json", "summary.json", "checkpoints", "samples"
 
 
-def create(folder: pathlib.Path, config) -> bool:
-    """Makes the folder or recognizes it as this run's; returns whether it was there already.
+def create(folder: pathlib.Path, config, *, data: str) -> None:
+    """Makes the folder, or recognizes it as this run's.
 
-    Raises ValueError if it belongs to another config and OSError if it cannot be written.
+    `data` is the fingerprint of the prepared data. Raises ValueError if the folder belongs to another
+    config, was trained on other data, or cannot be written.
     """
     mark = config_lib.fingerprint(config)
     path = folder / CONFIG
@@ -26,28 +27,42 @@ def create(folder: pathlib.Path, config) -> bool:
         saved = read_config(folder)
         if config_lib.fingerprint(saved) != mark:
             fields = config_lib.differences(saved, config)
-            shown = "; ".join(f"{name}: {old!r} there, {new!r} here" for name, old, new in fields[:3])
+            shown = "; ".join(
+                f"{name}: {old!r} there, {new!r} here" for name, old, new in fields[:3]
+            )
             more = f" and {len(fields) - 3} more" if len(fields) > 3 else ""
             raise ValueError(
                 f"--workdir={folder} holds the run of another config ({shown}{more}); choose another "
                 "--workdir, or restore those fields to resume it."
             )
-        return True
+        _check_data(path, data)
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"fingerprint": mark, "config": json.loads(config_lib.to_json(config))})
+        content = {"fingerprint": mark, "data": data}
+        write_json(path, content | {"config": json.loads(config_lib.to_json(config))})
     except OSError as error:
         raise ValueError(
             f"--workdir={folder} cannot be written ({error.strerror}); choose a folder that can."
         ) from error
-    return False
+
+
+def _check_data(path: pathlib.Path, data: str) -> None:
+    saved = json.loads(path.read_text()).get("data")
+    if saved != data:
+        raise ValueError(
+            f"--workdir={path.parent} was trained on other data (its text or tokenizer changed since: "
+            f"{str(saved)[:12]} there, {data[:12]} now); restore the text, or choose another --workdir."
+        )
 
 
 def read_config(folder: pathlib.Path):
     """The config of the run in a folder, frozen."""
     path = pathlib.Path(folder) / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} is not a run folder: it holds no {CONFIG}; give the folder of a run.")
+        raise ValueError(
+            f"{folder} is not a run folder: it holds no {CONFIG}; give the folder of a run."
+        )
     try:
         content = json.loads(path.read_text())["config"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:

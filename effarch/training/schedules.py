@@ -17,7 +17,7 @@ import inspect
 import jax.numpy as jnp
 import optax
 
-from effarch.models import registry
+from effarch import names
 
 
 def cosine(
@@ -62,7 +62,7 @@ def wsd(
             f"optimizer.schedule.warmup_steps is {warmup_steps} but the decay starts at step"
             f" {start} of {total_steps}; use a shorter warmup or a smaller decay_fraction."
         )
-    shape = registry.lookup(_DECAYS, decay_shape, "optimizer.schedule.decay_shape")
+    shape = names.lookup(_DECAYS, decay_shape, "optimizer.schedule.decay_shape")
     decay = shape(peak, total_steps - start, final_fraction)
     stable = optax.constant_schedule(peak)
     return _warmed(optax.join_schedules([stable, decay], [start - warmup_steps]), warmup_steps)
@@ -87,14 +87,14 @@ def build(kind: str, peak: float, total_steps: int, **given) -> optax.Schedule:
         if name not in known:
             raise ValueError(
                 f"optimizer.schedule.{name} is not an option of the schedule {kind!r}."
-                f" {registry.did_you_mean(name, known)}"
+                f" {names.did_you_mean(name, known)}"
             )
     return KINDS[kind](peak=peak, total_steps=total_steps, **given)
 
 
 def options(kind: str) -> dict:
     """The config fields of the schedule named `kind` and their defaults."""
-    fields = inspect.signature(registry.lookup(KINDS, kind, "optimizer.schedule.kind")).parameters
+    fields = inspect.signature(names.lookup(KINDS, kind, "optimizer.schedule.kind")).parameters
     return {
         name: field.default for name, field in fields.items() if name not in ("peak", "total_steps")
     }

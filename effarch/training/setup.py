@@ -120,9 +120,7 @@ def prepare(config) -> Setup:
         build.abstract(config.model, vocab_size=vocab_size), config.data.seq_len
     )
     schedule, tx = _optimizer(config, plan)
-    make = functools.partial(
-        state_lib.initial, config.model, vocab_size=vocab_size, tx=tx
-    )
+    make = functools.partial(state_lib.initial, config.model, vocab_size=vocab_size, tx=tx)
     abstract = jax.eval_shape(lambda key: make(seed=key), jax.random.key(0))
     return Setup(
         config=config,
@@ -163,9 +161,7 @@ def _vocab_size(wanted: int, dataset) -> int:
 def _optimizer(config, plan: state_lib.Blueprint):
     o = config.optimizer
     options = {name: o.schedule[name] for name in schedules.options(o.schedule.kind)}
-    schedule = schedules.build(
-        o.schedule.kind, o.learning_rate, config.train.num_steps, **options
-    )
+    schedule = schedules.build(o.schedule.kind, o.learning_rate, config.train.num_steps, **options)
     inner = optimizers.build(
         o.kind,
         schedule=schedule,

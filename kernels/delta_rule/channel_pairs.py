@@ -37,7 +37,9 @@ def decays(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """exp of the sums of g [..., C, K] from the chunk's start through t, and behind t to its end."""
     size = g.shape[-2]
     ones = np.ones((size, size), g.dtype)
-    from_start, to_end = (_einsum("ts,...sk->...tk", x, g) for x in (np.tril(ones), np.triu(ones, 1)))
+    from_start, to_end = (
+        _einsum("ts,...sk->...tk", x, g) for x in (np.tril(ones), np.triu(ones, 1))
+    )
     return jnp.exp(from_start), jnp.exp(to_end)
 
 

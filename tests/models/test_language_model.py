@@ -71,7 +71,9 @@ def test_a_stack_holds_what_single_layers_would():
     infos = parameters.describe(nnx.state(model, nnx.Param))
     public = sorted(path for info in jax.tree.leaves(infos) for path in info.public_paths)
     assert len(set(public)) == len(public)
-    assert {int(path.split("/")[1]) for path in public if path.startswith("layers")} == set(range(6))
+    assert {int(path.split("/")[1]) for path in public if path.startswith("layers")} == set(
+        range(6)
+    )
     for info in jax.tree.leaves(infos):
         stacked = info.path.startswith("layers/")
         assert (info.logical[0] == "layers") == stacked

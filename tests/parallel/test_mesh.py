@@ -32,9 +32,7 @@ def test_impossible_meshes(sizes, devices, words):
 
 
 def layout(**sizes) -> sharding.Layout:
-    abstract = jax.sharding.AbstractMesh(
-        tuple({**ONE, **sizes}.values()), mesh.AXES
-    )
+    abstract = jax.sharding.AbstractMesh(tuple({**ONE, **sizes}.values()), mesh.AXES)
     return sharding.Layout(abstract)
 
 

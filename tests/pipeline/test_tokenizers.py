@@ -148,7 +148,7 @@ def test_a_tokenizer_that_changes_text_is_not_exact(bpe, tmp_path, change):
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ("byte", "'byte' is not a tokenizer. Write one of bytes, bpe:V.*Did you mean 'bytes'"),
+        ("byte", "'byte' is not a tokenizer. Write one of bytes, bpe:V"),
         ("bpe", "'bpe' does not name a size: write bpe:V with V of at least 257"),
         ("bpe:big", "'bpe:big' does not name a size"),
         ("bpe:256", "'bpe:256' does not name a size"),

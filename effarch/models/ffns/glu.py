@@ -1,6 +1,6 @@
 """Gated linear unit: GLU Variants Improve Transformer, arXiv 2002.05202.
 
-    y = (act(x W_gate) * (x W_up)) W_down
+y = (act(x W_gate) * (x W_up)) W_down
 """
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from effarch.models import registry
+from effarch import names
 from effarch.models.context import Context
 from effarch.models.layers import linear
 
@@ -37,7 +37,7 @@ class Glu(nnx.Module):
     ):
         """`hidden` None: 8/3 of the width, rounded up to a multiple of 256 (as Llama does)."""
         hidden = hidden or -(-int(width * 8 / 3) // 256) * 256
-        self.activation = registry.lookup(ACTIVATIONS, activation, "glu.activation")
+        self.activation = names.lookup(ACTIVATIONS, activation, "glu.activation")
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.gate = linear.Linear(width, hidden, axes=("embed", "ffn"), **shared)
         self.up = linear.Linear(width, hidden, axes=("embed", "ffn"), **shared)

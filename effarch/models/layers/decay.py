@@ -18,7 +18,9 @@ class DecayRate(nnx.Module):
     """
 
     def __init__(self, num_heads: int, *, rngs: nnx.Rngs):
-        rate = jax.random.uniform(rngs.params(), (num_heads,), minval=RATE_RANGE[0], maxval=RATE_RANGE[1])
+        rate = jax.random.uniform(
+            rngs.params(), (num_heads,), minval=RATE_RANGE[0], maxval=RATE_RANGE[1]
+        )
         low, high = (math.log(bound) for bound in STEP_RANGE)
         step = jnp.exp(jax.random.uniform(rngs.params(), (num_heads,), minval=low, maxval=high))
         self.rate_log = nnx.Param(jnp.log(rate), logical=("heads",))

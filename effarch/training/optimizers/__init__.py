@@ -9,7 +9,7 @@ from typing import Any
 
 import optax
 
-from effarch.models import registry
+from effarch import names
 from effarch.training.optimizers import adamw, groups, muon, updates
 
 KINDS = {
@@ -41,7 +41,7 @@ def build(
         if name not in known:
             raise ValueError(
                 f"optimizer.{kind}.{name} is not an option of this optimizer."
-                f" {registry.did_you_mean(name, known)}"
+                f" {names.did_you_mean(name, known)}"
             )
     updates.check_range("clip_norm", clip_norm, 0)
     assigned = groups.assign(infos, rules)
@@ -54,7 +54,7 @@ def build(
 
 def options(kind: str) -> dict:
     """The config fields of the optimizer named `kind` and their defaults."""
-    fields = inspect.signature(registry.lookup(KINDS, kind, "optimizer.kind")).parameters
+    fields = inspect.signature(names.lookup(KINDS, kind, "optimizer.kind")).parameters
     return {
         name: field.default
         for name, field in fields.items()

@@ -25,7 +25,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from effarch.models import parameters, registry
+from effarch import names
+from effarch.models import parameters
 
 _STACKING = ("layers", "experts")
 
@@ -105,7 +106,7 @@ def parse_rule(text: str, index: int = 0) -> Rule:
         name, _, value = word.partition("=")
         if name not in _SETTINGS:
             raise ValueError(
-                f"{field}: {word!r} is not a setting. {registry.did_you_mean(name, _SETTINGS)}"
+                f"{field}: {word!r} is not a setting. {names.did_you_mean(name, _SETTINGS)}"
             )
         settings[name] = _SETTINGS[name](field, name, value)
     return Rule(text, _glob(glob), settings)

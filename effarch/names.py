@@ -1,0 +1,22 @@
+"""Looking a name up, and helping where it is not known."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def lookup(table: Mapping[str, T], name: str, field: str) -> T:
+    """table[name], or a ValueError of one sentence with the nearest name."""
+    if name not in table:
+        raise ValueError(f"{field}={name!r} is not known. {did_you_mean(name, table)}")
+    return table[name]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`Known: a, b, c. Did you mean 'b'?`"""
+    known = sorted(map(str, known))
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    text = f"Known: {', '.join(known)}."
+    return f"{text} Did you mean {near[0]!r}?" if near else text

@@ -156,13 +156,17 @@ def from_json(text: str) -> ConfigDict:
 
 def fingerprint(config) -> str:
     """16 hexadecimal digits of the fields that decide what a run computes."""
-    identity = {name: part for name, part in _plain(config).items() if name not in IDENTITY_FREE}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(_identity(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def freeze(config: ConfigDict) -> FrozenConfigDict:
     """A config with references resolved, lists as tuples, that nobody can change."""
     return FrozenConfigDict(_with_tuples(_plain(config)))
+
+
+def _identity(config) -> dict:
+    return {name: part for name, part in _plain(config).items() if name not in IDENTITY_FREE}
 
 
 def _plain(config) -> dict:
@@ -183,8 +187,8 @@ def _with_tuples(value):
 
 
 def differences(first, second) -> list[tuple[str, Any, Any]]:
-    """(field, value in first, value in second) of every field in which two configs differ."""
-    flat = [_flatten(_plain(config)) for config in (first, second)]
+    """(field, first's value, second's value) where two configs would not compute the same."""
+    flat = [_flatten(_identity(config)) for config in (first, second)]
     fields = sorted(set(flat[0]) | set(flat[1]))
     return [
         (name, flat[0].get(name), flat[1].get(name))

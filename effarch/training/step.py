@@ -51,7 +51,7 @@ def train_step(
             (loss, (ce, aux)), (grads, probes) = gradient(batch, key)
         else:
             loss, ce, aux, grads, probes = _accumulated(gradient, batch, key, accumulate)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, loss=loss, grad_norm=grad_norm
         )

@@ -143,31 +143,32 @@ def test_vmap_equals_a_loop():
         np.testing.assert_array_equal(tail[index], tail_one)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_inside_shard_map(backend):
+def test_inside_shard_map():
     """Manual over a mesh axis with checks on; kernel and bias replicated, rows split."""
     inputs = make_inputs()
     inputs.pop("initial")
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, copy = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-    specs = {"x": rows, "kernel": copy, "bias": copy}
+    specs = ({"x": rows, "kernel": copy, "bias": copy}, rows)
 
-    def loss(inputs):
-        y, tail = jax.shard_map(
-            lambda inputs, segments: short_conv(**inputs, segment_ids=segments, backend=backend),
-            mesh=mesh,
-            in_specs=(specs, rows),
-            out_specs=rows,
-        )(inputs, SEGMENTS)
-        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(tail))
+    def plain(inputs, segments, backend):
+        return short_conv(**inputs, segment_ids=segments, backend=backend)
 
-    def plain(inputs):
-        y, tail = short_conv(**inputs, segment_ids=SEGMENTS, backend="reference")
-        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(tail))
+    def sharded(inputs, segments, backend):
+        rule = functools.partial(plain, backend=backend)
+        return jax.shard_map(rule, mesh=mesh, in_specs=specs, out_specs=rows)(inputs, segments)
 
-    actual, expected = jax.jit(jax.grad(loss))(inputs), jax.jit(jax.grad(plain))(inputs)
-    for name in inputs:
-        np.testing.assert_allclose(actual[name], expected[name], atol=1e-12, err_msg=name)
+    def gradients(run, backend):
+        def loss(inputs):
+            return sum(jnp.sum(jnp.sin(x)) for x in run(inputs, SEGMENTS, backend))
+
+        return jax.jit(jax.grad(loss))(inputs)
+
+    expected = gradients(plain, "reference")
+    for backend in BACKENDS:
+        actual = gradients(sharded, backend)
+        for name in inputs:
+            np.testing.assert_allclose(actual[name], expected[name], atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -165,36 +165,29 @@ def _strict(like: jax.Array) -> jax.Array:
 
 def _factors(g, docs, k) -> Factors:
     """All decays of all chunks; masks go in before the exponential, so nothing overflows."""
-    num_chunks, size, dtype = k.shape[0], k.shape[-2], k.dtype
-    mask = None if docs is None else documents.boundaries(docs)
-    is_lower = jnp.tril(jnp.ones((size, size), bool))
-    ones = jnp.ones((num_chunks, 1, 1, 1, 1), dtype)
-    if g is None and mask is None:
-        return Factors(is_lower.astype(dtype)[None, None, None, None], ones, None, ones)
+    mask = _visible(docs, k)
     if g is None:
-        heads = (slice(None), slice(None), None, None)
-        pairs = (mask.pairs & is_lower)[heads].astype(dtype)
-        read, write = mask.reads[heads].astype(dtype), mask.writes[heads].astype(dtype)
-        return Factors(pairs, read, write, mask.carries[heads][..., None].astype(dtype))
+        write = None if docs is None else mask.write.astype(k.dtype)
+        pairs, read, carry = (x.astype(k.dtype) for x in (mask.pairs, mask.read, mask.carry))
+        return Factors(pairs, read, write, carry)
     # g = coarse + fine: sums of coarse (multiples of 1/64) are exact, so that differences of G stay
     # accurate after a decay of -1000 in the same chunk.
     coarse = jnp.round(g * 64) / 64
-    fine = g - coarse
-    coarse, fine = cumulative(coarse), cumulative(fine)
+    coarse, fine = cumulative(coarse), cumulative(g - coarse)
     gap = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
     to_end = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
     from_start = coarse + fine
-    if mask is None:
-        pairs, read, write = is_lower, True, True
-        carry = True
-    else:
-        heads = (slice(None), slice(None), None, None)
-        pairs, read, write = (mask.pairs & is_lower)[heads], mask.reads[heads], mask.writes[heads]
-        carry = mask.carries[heads][..., None]
-    never = -jnp.inf
-    return Factors(
-        jnp.exp(jnp.where(pairs, gap, never)),
-        jnp.exp(jnp.where(read, from_start, never)),
-        jnp.exp(jnp.where(write, to_end, never)),
-        jnp.exp(jnp.where(carry, from_start[..., -1:], never)),
-    )
+    logs = Factors(gap, from_start, to_end, from_start[..., -1:])
+    return Factors(*(jnp.exp(jnp.where(sees, x, -jnp.inf)) for sees, x in zip(mask, logs)))
+
+
+def _visible(docs, k) -> Factors:
+    """The factors without their decays, as booleans."""
+    is_lower = jnp.tril(jnp.ones((k.shape[-2],) * 2, bool))
+    if docs is None:
+        always = jnp.ones((k.shape[0], 1, 1, 1, 1), bool)
+        return Factors(is_lower[None, None, None, None], always, always, always)
+    mask = documents.boundaries(docs)
+    heads = (slice(None), slice(None), None, None)
+    pairs = (mask.pairs & is_lower)[heads]
+    return Factors(pairs, mask.reads[heads], mask.writes[heads], mask.carries[heads][..., None])

@@ -7,7 +7,7 @@ import pytest
 
 from effarch import config
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix potions".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven"]
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,13 @@ def tiny(**changes):
 
 
 def make(**changes):
-    return build.model(tiny(**changes), vocab_size=VOCAB, rngs=nnx.Rngs(0))
+    config = tiny(**changes)
+    graphdef, _ = nnx.split(build.abstract(config, vocab_size=VOCAB))
+
+    def init(key):
+        return nnx.state(build.model(config, vocab_size=VOCAB, rngs=nnx.Rngs(key)))
+
+    return nnx.merge(graphdef, jax.jit(init)(jax.random.key(0)))
 
 
 def batch_of(length=24, rows=2, seed=0):
@@ -52,12 +58,19 @@ def loss_and_grads(model, batch):
     return loss, grads, aux
 
 
-def test_scanned_and_unrolled_are_equal_bit_for_bit():
+@pytest.mark.slow
+@pytest.mark.ci
+def test_scanned_and_unrolled_are_equal():
+    """But for the last bit: XLA fuses the two programs differently."""
     scanned = loss_and_grads(make(scan="always"), batch_of())
     unrolled = loss_and_grads(make(scan="never"), batch_of())
-    jax.tree.map(np.testing.assert_array_equal, scanned, unrolled)
+    np.testing.assert_allclose(scanned[0], unrolled[0], rtol=1e-6)
+    for a, b in zip(*map(jax.tree.leaves, (scanned[1:], unrolled[1:]))):
+        assert jnp.sqrt(jnp.mean((a - b) ** 2)) <= 1e-5 * jnp.sqrt(jnp.mean(b**2))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("remat", ["full", "dots", "weight_dots"])
 def test_remat_changes_no_number_that_matters(remat):
     want = loss_and_grads(make(), batch_of())
@@ -67,7 +80,7 @@ def test_remat_changes_no_number_that_matters(remat):
 
 def test_a_stack_holds_what_single_layers_would():
     """Layer 3 of the stacked model, taken out, computes what the stack computes there."""
-    model = make()
+    model = build.abstract(tiny(), vocab_size=VOCAB)
     infos = parameters.describe(nnx.state(model, nnx.Param))
     public = sorted(path for info in jax.tree.leaves(infos) for path in info.public_paths)
     assert len(set(public)) == len(public)
@@ -81,12 +94,16 @@ def test_a_stack_holds_what_single_layers_would():
         assert len(info.logical) == len(info.shape)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_layers_start_from_different_weights():
     kernel = make().layers["1+2x2"].mixer.q.kernel[...]
     assert kernel.shape[0] == 2
     assert float(jnp.abs(kernel[0] - kernel[1]).max()) > 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_packed_documents_equal_separate_documents():
     model = make()
     graphdef, state = nnx.split(model)
@@ -114,6 +131,8 @@ def test_packed_documents_equal_separate_documents():
         assert jnp.sqrt(jnp.mean((got - want) ** 2)) < 1e-4 * jnp.sqrt(jnp.mean(want**2)) + 1e-7
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_greedy_decoding_by_cache_equals_the_full_forward():
     model = make()
     prompts = [[1, 2, 3, 4, 5], [7, 8]]
@@ -132,6 +151,8 @@ def test_greedy_decoding_by_cache_equals_the_full_forward():
         np.testing.assert_array_equal(best[len(prompt) - 1 : len(prompt) + 11], tokens)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_sampling_repeats_with_the_seed_and_only_with_it():
     model = make()
     options = dict(max_tokens=8, temperature=1.0, top_k=20, top_p=0.9)
@@ -151,7 +172,6 @@ def test_an_empty_prompt_is_refused():
 @pytest.mark.parametrize(
     ("changes", "extra"),
     [
-        ({}, 0),
         ({"tied_head": False}, VOCAB * 32),
         ({"norm.embed": True}, 32),
         ({"norm.placement": "peri"}, (6 + 4) * 32),
@@ -161,24 +181,35 @@ def test_an_empty_prompt_is_refused():
 def test_variants_have_the_parameters_they_should(changes, extra):
     """Six mixers and four ffns: peri has one more norm for each, post no final norm."""
 
-    def total(model):
+    def total(changes):
+        model = build.abstract(tiny(**changes), vocab_size=VOCAB)
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model))))
 
-    assert total(make(**changes)) - total(make()) == extra
-    loss, grads, _ = loss_and_grads(make(**changes), batch_of())
+    assert total(changes) - total({}) == extra
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("placement", ["post", "peri"])
+def test_every_parameter_takes_part(placement):
+    loss, grads, _ = loss_and_grads(make(**{"norm.placement": placement}), batch_of())
     assert np.isfinite(loss)
     assert all(float(jnp.abs(grad).max()) > 0 for grad in jax.tree.leaves(grads))
 
 
 def test_soft_cap_and_z_loss_reach_the_loss():
-    plain = loss_and_grads(make(), batch_of())[0]
-    capped = loss_and_grads(make(logit_softcap=2.0), batch_of())[0]
-    model = make(logit_softcap=2.0)
+    def loss(model):
+        graphdef, state = nnx.split(model)
+        run = jax.jit(lambda state: nnx.merge(graphdef, state).loss(batch, Context())[0])
+        return float(run(state))
+
     batch = batch_of()
+    layers = {"layers": "attention/none", "depth": 1}
+    plain, capped = loss(make(**layers)), loss(make(logit_softcap=2.0, **layers))
+    model = make(logit_softcap=2.0, **layers)
     scores = model.logits(model(batch["inputs"], Context(segment_ids=batch["segment_ids"]))[0])
     assert float(jnp.abs(scores).max()) <= 2.0
     picked = jnp.take_along_axis(jax.nn.log_softmax(scores), batch["targets"][..., None], axis=-1)
     np.testing.assert_allclose(capped, -picked.sum(), rtol=1e-5)
     assert abs(capped - plain) > 1.0
-    with_z = loss_and_grads(make(z_loss=0.1), batch_of())[0]
-    assert with_z > plain
+    assert loss(make(z_loss=0.1, **layers)) > plain

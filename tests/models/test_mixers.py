@@ -1,5 +1,7 @@
 """The contract of every mixer: packing, decoding, causality, axes, counts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +25,26 @@ VARIANTS = {
 }
 
 
-def make(name: str):
+PLAIN = ("attention_grouped", "gated_delta_net_shared")
+every_variant = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in PLAIN else pytest.param(name, marks=[pytest.mark.slow, pytest.mark.ci])
+        for name in VARIANTS
+    ],
+)
+"""The plain run takes one variant of each kind, the one with most options."""
+
+
+@functools.cache
+def make(name: str, dtype=jnp.float32):
+    """Graph and state of a mixer."""
     kind = next(kind for kind in sorted(mixers.KINDS, key=len)[::-1] if name.startswith(kind))
-    mixer = mixers.KINDS[kind](WIDTH, **VARIANTS[name], init_std=0.3, rngs=nnx.Rngs(0))
-    return nnx.split(mixer)
+    options = dict(VARIANTS[name], init_std=0.3, dtype=dtype)
+    new = mixers.KINDS[kind]
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: new(WIDTH, **options, rngs=nnx.Rngs(0))))
+    init = jax.jit(lambda key: nnx.state(new(WIDTH, **options, rngs=nnx.Rngs(key))))
+    return graphdef, init(jax.random.key(0))
 
 
 def forward(parts, x, ctx=None, cache=None):
@@ -46,7 +64,7 @@ def rel_rms(x, y):
     return float(jnp.sqrt(jnp.mean((x - y) ** 2) / jnp.mean(y**2)))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@every_variant
 def test_packed_documents_equal_separate_documents(name):
     """Values and gradients, with a document of one token and padding at the end."""
     parts = make(name)
@@ -82,7 +100,7 @@ def test_packed_documents_equal_separate_documents(name):
         assert rel_rms(other, grad) < 1e-4, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@every_variant
 def test_prefill_then_decode_equals_the_whole(name):
     """Rows of different lengths: the shorter prompt is padded at its end."""
     parts = make(name)
@@ -113,7 +131,7 @@ def test_prefill_then_decode_equals_the_whole(name):
             assert rel_rms(y[row, 0], want[row, place[row]]) < 1e-5, (count, row)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@every_variant
 def test_no_output_sees_a_later_token(name):
     parts = make(name)
     x = inputs()
@@ -123,22 +141,18 @@ def test_no_output_sees_a_later_token(name):
     assert float(jnp.abs(before[0, 25] - after[0, 25]).max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@every_variant
 def test_bfloat16_stays_near_float32(name):
-    kind = next(kind for kind in sorted(mixers.KINDS, key=len)[::-1] if name.startswith(kind))
     x = inputs()
     y = {}
     for dtype in (jnp.float32, jnp.bfloat16):
-        mixer = mixers.KINDS[kind](
-            WIDTH, **VARIANTS[name], init_std=0.3, dtype=dtype, rngs=nnx.Rngs(0)
-        )
-        y[dtype] = forward(nnx.split(mixer), x.astype(dtype))[0]
+        y[dtype] = forward(make(name, dtype), x.astype(dtype))[0]
         assert y[dtype].dtype == dtype
     # Eight bits of mantissa through five products, some of them of near-cancelling sums.
     assert rel_rms(y[jnp.bfloat16].astype(jnp.float32), y[jnp.float32]) < 3e-2
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@every_variant
 def test_every_array_is_a_variable_with_an_axis_name_a_dimension(name):
     _, state = make(name)
     for variable in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, nnx.Variable)):

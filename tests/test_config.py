@@ -6,6 +6,8 @@ from effarch import config, config_check
 from effarch.configs import gated_deltanet, quickstart, transformer
 from effarch.models import ffns, mixers
 
+pytestmark = pytest.mark.smoke
+
 SHIPPED = [
     quickstart.get_config(),
     quickstart.get_config("mixer=attention"),

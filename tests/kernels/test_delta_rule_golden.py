@@ -10,6 +10,8 @@ import pytest
 
 from effarch.kernels import gated_delta_rule, gated_delta_rule_step
 
+pytestmark = pytest.mark.smoke
+
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = ["delta_rule_0", "delta_rule_1", "gated_delta_rule_0", "gated_delta_rule_1"]
 GOLDEN += ["kda_0", "kda_1"]

@@ -14,6 +14,8 @@ from effarch import config
 from effarch.models import build
 from effarch.models.context import Context
 
+pytestmark = pytest.mark.smoke
+
 DATA = pathlib.Path(__file__).resolve().parent.parent / "data"
 
 NAMES = {

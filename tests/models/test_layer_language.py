@@ -4,6 +4,8 @@ import pytest
 
 from effarch.models import layer_language as language
 
+pytestmark = pytest.mark.smoke
+
 HYBRID = "3*gdn/glu + attn/glu"
 
 

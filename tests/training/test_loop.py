@@ -51,6 +51,7 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(loop.Loop, "_read", read)
 
 
+@pytest.mark.smoke
 def test_a_run_learns_and_leaves_what_it_should(whole):
     plan, folder, outcome = whole
     finish.write(plan, folder, outcome)
@@ -92,6 +93,7 @@ def test_a_signal_saves_and_the_resumed_run_is_equal_bit_for_bit(
     assert_same_run(folder, resumed, whole_folder, whole_outcome)
 
 
+@pytest.mark.smoke
 def test_a_crash_loses_only_what_came_after_the_last_checkpoint(whole, tiny, tmp_path, monkeypatch):
     _, whole_folder, whole_outcome = whole
     folder = tmp_path / "crashed"

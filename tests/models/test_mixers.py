@@ -78,20 +78,22 @@ def test_packed_documents_equal_separate_documents(name):
     def run(state, x, ctx):
         return nnx.merge(parts[0], state)(x, ctx)[0]
 
-    @jax.jit
     def packed(state, x):
         y = run(state, x, Context(segment_ids=jnp.array(segments), positions=jnp.array(positions)))
         return jnp.sum((y * weight)[:, : bounds[-1]]), y
 
-    @jax.jit
     def separate(state, x):
         ys = [run(state, x[:, a:b], Context()) for a, b in zip(bounds[:-1], bounds[1:])]
         y = jnp.concatenate(ys, axis=1)
         return jnp.sum(y * weight[:, : bounds[-1]]), y
 
     state = nnx.to_pure_dict(parts[1])
-    (_, got), got_grads = jax.value_and_grad(packed, argnums=(0, 1), has_aux=True)(state, x)
-    (_, want), want_grads = jax.value_and_grad(separate, argnums=(0, 1), has_aux=True)(state, x)
+
+    def with_gradients(function):
+        return jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))(state, x)
+
+    (_, got), got_grads = with_gradients(packed)
+    (_, want), want_grads = with_gradients(separate)
     assert rel_rms(got[:, : bounds[-1]], want) < 1e-5
     for path, grad in jax.tree_util.tree_leaves_with_path(want_grads):
         other = got_grads

@@ -108,7 +108,7 @@ def test_the_step_is_a_gradient_step_of_the_mean_loss():
         total, _, _ = nnx.merge(plan.graphdef, params).loss(batch, Context())
         return total / batch["loss_weights"].sum()
 
-    value, grads = jax.value_and_grad(loss)(state.params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(state.params)
     new, metrics = step(state, batch, KEY)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)

@@ -31,7 +31,7 @@ def define_config() -> None:
 
 def run(main: Callable[[], int | None], *, usage: str) -> None:
     """Parses the flags, runs `main` and exits with what it returns. `usage` is shown by --help."""
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.INFO)
     argv = [_resolve_config(argument) for argument in _join_config(sys.argv)]
     sys.argv = argv  # ml_collections reads overrides from there
 

@@ -92,7 +92,14 @@ def _parse(arguments: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         raise ValueError(_unknown_field(arguments, error)) from error
     except flags.IllegalFlagValueError as error:
-        raise ValueError(f"{str(error).removeprefix('flag ')} (wrong type of value).") from error
+        raise ValueError(_bad_value(str(error))) from error
+
+
+def _bad_value(message: str) -> str:
+    """What a flag's error says: the last line, if it is the traceback of a config file."""
+    if "Traceback" in message:
+        return f"--config: {message.strip().splitlines()[-1].removeprefix('ValueError: ')}"
+    return f"{message.removeprefix('flag ')} (wrong type of value)."
 
 
 def _unknown_field(arguments: list[str], error: Exception) -> str:

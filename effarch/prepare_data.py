@@ -5,9 +5,9 @@ Examples:
   The Python standard library with a BPE of 4096 tokens (this is what the quickstart uses):
     python -m effarch.prepare_data --source=embedded:stdlib --tokenizer=bpe:4096 --out=data/stdlib
 
-  Your own files, as bytes, with a twentieth of the documents for validation:
+  Your own files, as bytes, with a tenth of the documents for validation:
     python -m effarch.prepare_data --source='files:texts/**/*.txt' --tokenizer=bytes \\
-        --val_permille=50 --out=data/mine
+        --val_permille=100 --out=data/mine
 
   A mixture of two corpora (weights are given to the training run, as data.weights):
     python -m effarch.prepare_data --source=embedded:stdlib --source=embedded:kjv \\
@@ -44,7 +44,7 @@ _TOKENIZER = flags.DEFINE_string(
 )
 _OUT = flags.DEFINE_string("out", None, "The folder to make; it must not exist or be empty.")
 _VAL_PERMILLE = flags.DEFINE_integer(
-    "val_permille", 20, "Documents in a thousand that go to validation, by a hash of their text."
+    "val_permille", 50, "Documents in a thousand that go to validation, by a hash of their text."
 )
 _NAMES = flags.DEFINE_list("names", [], "One name a source; default: taken from the source.")
 _MAX_DOCUMENTS = flags.DEFINE_integer(

@@ -111,7 +111,6 @@ MISTAKES = {
     "missing config": (["--config=qickstart"], ["no such file", "Did you mean 'quickstart'?"]),
     "no config": ([], ["--config is missing", "quickstart"]),
     "unknown size": (["--config=transformer:size=2b"], ["--config: size='2b' is not known"]),
-    "broken config": (["--config={tmp}/broken.py"], ["NameError: name 'nothing' is not defined"]),
     "unknown flag": ([FAST, "--wrkdir=x"], ["wrkdir", "workdir"]),
     "a word that is no flag": ([FAST, "resume"], ["'resume' is not a flag"]),
 }
@@ -120,7 +119,6 @@ PLAIN = ("unknown field", "bad layer text", "missing data")
 
 def check(name, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "broken.py").write_text("def get_config():\n    return nothing\n")
     for number in range(40):
         (tmp_path / f"{number}.md").write_text(f"text number {number}, " * 40)
     arguments, words = MISTAKES[name]

@@ -9,6 +9,7 @@ ids above the true size never occur and decode to nothing.
 sources' own training documents; `<|endoftext|>` is id 0 and the document token.
 """
 
+import abc
 import codecs
 import functools
 import hashlib
@@ -37,7 +38,7 @@ _KINDS = ("bytes", "bpe:V (such as bpe:4096)", "file:PATH[#TOKEN]", "hf:NAME[#TO
 _MIN_BPE = 257  # the 256 bytes and the document token
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """What the rest of the code needs from a tokenizer; `spec` says which one it is."""
 
     spec: str
@@ -64,9 +65,9 @@ class Tokenizer:
         lengths[: self.true_size] = [len(piece) for piece in self.token_bytes]
         return lengths
 
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, without document tokens."""
-        raise NotImplementedError
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of one text, without document tokens."""

@@ -117,10 +117,8 @@ def block(kind: str, **options) -> ConfigDict:
     """
     constructor = names.lookup({**mixers.KINDS, **ffns.KINDS}, kind, "model.blocks kind")
     section = registry.section(constructor)
-    for name, value in options.items():
-        if name not in section:
-            raise ValueError(f"{kind}.{name} is not an option. {names.did_you_mean(name, section)}")
-        section[name] = value
+    names.refuse_unknown(options, section, kind)
+    section.update(options)
     section.kind = kind
     return section
 

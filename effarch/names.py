@@ -14,6 +14,14 @@ def lookup(table: Mapping[str, T], name: str, field: str) -> T:
     return table[name]
 
 
+def refuse_unknown(given: Iterable[str], known: Iterable[str], field: str) -> None:
+    """A ValueError for the first given name that is not known; `field` is what holds the names."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{field}.{name} is not an option. {did_you_mean(name, known)}")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`Known: a, b, c. Did you mean 'b'?`"""
     known = sorted(map(str, known))

@@ -82,13 +82,7 @@ def build(kind: str, peak: float, total_steps: int, **given) -> optax.Schedule:
 
     `given` are keyword arguments of the schedule; `options(kind)` lists them with defaults.
     """
-    known = options(kind)
-    for name in given:
-        if name not in known:
-            raise ValueError(
-                f"optimizer.schedule.{name} is not an option of the schedule {kind!r}."
-                f" {names.did_you_mean(name, known)}"
-            )
+    names.refuse_unknown(given, options(kind), "optimizer.schedule")
     return KINDS[kind](peak=peak, total_steps=total_steps, **given)
 
 

@@ -4,7 +4,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from effarch.data import embedded, sources
 
@@ -50,9 +52,6 @@ def test_manifest_names_files_with_their_hashes(tmp_path):
 
 
 def test_jsonl_and_parquet_give_the_same_documents(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     texts = ["one", "zwei ü", "three\nlines\n"]
     (tmp_path / "a.jsonl").write_text(
         "\n\n".join(json.dumps({"id": 3, "text": text}) for text in texts)

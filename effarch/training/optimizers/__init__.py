@@ -36,13 +36,7 @@ def build(
       rules: lines such as "embed/** lr=2 decay=0"; see `groups`.
       given: keyword arguments of the optimizer; `options(kind)` lists them with defaults.
     """
-    known = options(kind)
-    for name in given:
-        if name not in known:
-            raise ValueError(
-                f"optimizer.{kind}.{name} is not an option of this optimizer."
-                f" {names.did_you_mean(name, known)}"
-            )
+    names.refuse_unknown(given, options(kind), f"optimizer.{kind}")
     updates.check_range("clip_norm", clip_norm, 0)
     assigned = groups.assign(infos, rules)
     optimizer = KINDS[kind](schedule, groups=assigned, **given)

@@ -4,6 +4,7 @@ A user's mistake ends with one sentence on stderr and exit code 2; `--traceback`
 """
 
 import contextlib
+import logging as std_logging
 import pathlib
 import sys
 import traceback
@@ -32,6 +33,7 @@ def define_config() -> None:
 def run(main: Callable[[], int | None], *, usage: str) -> None:
     """Parses the flags, runs `main` and exits with what it returns. `usage` is shown by --help."""
     logging.set_verbosity(logging.INFO)
+    std_logging.getLogger("jax").setLevel(std_logging.WARNING)  # it tells of absent platforms
     argv = [_resolve_config(argument) for argument in _join_config(sys.argv)]
     sys.argv = argv  # ml_collections reads overrides from there
 

@@ -18,6 +18,7 @@ from effarch import names
 
 USER_ERROR = 2
 CONFIGS = pathlib.Path(__file__).resolve().parent / "configs"
+SAVED_CONFIG = pathlib.Path(__file__).resolve().parent / "saved_config.py"
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("traceback", False, "On an error, also print where in the code it arose.")
@@ -80,7 +81,7 @@ def required(name: str) -> str:
 def load_config() -> ConfigDict:
     """The config of --config with its overrides, locked."""
     if FLAGS.config is None:
-        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("[a-z]*.py")))
+        known = ", ".join(_shipped())
         raise ValueError(f"--config is missing; give a file or a shipped config ({known}).")
     return FLAGS.config
 
@@ -133,18 +134,25 @@ def _join_config(argv: list[str]) -> list[str]:
     return joined
 
 
+def _shipped() -> list[str]:
+    """The names of the shipped configs; their folder also holds what they share."""
+    files = sorted(CONFIGS.glob("[a-z]*.py"))
+    return [path.stem for path in files if "def get_config(" in path.read_text()]
+
+
 def _resolve_config(argument: str) -> str:
-    """`--config=quickstart` -> the shipped file of that name."""
+    """`--config=quickstart` -> the shipped file of that name; FILE.json -> the reader of saved ones."""
     if not argument.startswith("--config="):
         return argument
     path, colon, rest = argument.removeprefix("--config=").partition(":")
+    if path.endswith(".json"):
+        return f"--config={SAVED_CONFIG}:{path}"
     shipped = CONFIGS / f"{pathlib.Path(path).stem}.py"
     if not pathlib.Path(path).exists():
         if pathlib.PurePath(path).parent.name not in ("", "configs") or not shipped.exists():
-            known = [path.stem for path in CONFIGS.glob("[a-z]*.py")]
             fail(
                 f"--config={path}: no such file. Shipped configs: "
-                f"{names.did_you_mean(pathlib.Path(path).stem, known).removeprefix('Known: ')}"
+                f"{names.did_you_mean(pathlib.Path(path).stem, _shipped()).removeprefix('Known: ')}"
             )
         path = str(shipped)
     return f"--config={path}{colon}{rest}"

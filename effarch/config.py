@@ -12,9 +12,10 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from effarch import names
 from effarch.models import ffns, mixers, registry
+from effarch.quantization import recipes, rules
 from effarch.training import optimizers
 
-IDENTITY_FREE = ("mesh", "log", "checkpoint")
+IDENTITY_FREE = ("mesh", "hosts", "log", "checkpoint")
 """Sections that do not change what is computed, and so are not part of the fingerprint."""
 
 
@@ -35,6 +36,7 @@ def default() -> ConfigDict:
     c.data.batch_size = 16  # rows a step, over all devices
 
     c.model = _default_model()
+    c.quantization = _default_quantization()
     c.optimizer = _default_optimizer()
 
     c.train = ConfigDict()
@@ -60,6 +62,10 @@ def default() -> ConfigDict:
     c.mesh.expert = 1  # pieces of the experts
     c.mesh.context = 1  # pieces of the sequence
     c.mesh.tensor = 1  # pieces of heads and channels
+    c.mesh.rules = ()  # "stream=context": changes to the table of effarch/parallel/sharding.py
+
+    c.hosts = ConfigDict()
+    c.hosts.timeout_seconds = 300.0  # a process silent or stuck for so long ends the run; 0 off
 
     c.log = ConfigDict()
     c.log.every_steps = 10  # steps between lines of metrics.jsonl
@@ -91,6 +97,22 @@ def _default_model() -> ConfigDict:
     for kind in (*mixers.KINDS, *ffns.KINDS):
         m.blocks[kind] = block(kind)
     return m
+
+
+def _default_quantization() -> ConfigDict:
+    q = ConfigDict()
+    q.recipe = "none"  # of all linear layers of the blocks: none, fp8_current, quartet, ...
+    q.rules = ()  # "layers/*/ffn/** mxfp8": recipes by public path, see quantization/rules.py
+    q.keep = rules.KEEP  # paths that stay unrounded whatever the rules say
+    q.keep_first = 0  # so many first layers stay unrounded
+    q.keep_last = 0  # and so many last ones
+    q.start_step = 0  # steps trained without rounding at the start
+    q.tail_steps = 0  # and at the end
+    q.native = False  # multiply float8 and int8 numbers as they are; False: rounded values
+    for kind in recipes.KINDS:
+        if kind != "none":
+            q[kind] = ConfigDict(recipes.options(kind))
+    return q
 
 
 def _default_optimizer() -> ConfigDict:

@@ -11,6 +11,7 @@ from effarch import config as config_lib
 from effarch import names
 from effarch.models import build, ffns, layer_language, mixers, registry, stack
 from effarch.parallel import mesh as mesh_lib
+from effarch.quantization import recipes
 from effarch.training import optimizers, schedules
 
 POSITIVE = (
@@ -32,12 +33,17 @@ NOT_NEGATIVE = (
     "data.val_permille",
     "eval.every_steps",
     "eval.max_batches",
+    "hosts.timeout_seconds",
     "log.sample_tokens",
     "model.init_std",
     "model.vocab_size",
     "model.z_loss",
     "optimizer.clip_norm",
     "optimizer.schedule.warmup_steps",
+    "quantization.keep_first",
+    "quantization.keep_last",
+    "quantization.start_step",
+    "quantization.tail_steps",
     "seed",
     "train.spike_factor",
 )
@@ -49,6 +55,7 @@ CHOICES = {
     "model.norm.placement": ("pre", "post", "peri"),
     "optimizer.kind": tuple(optimizers.KINDS),
     "optimizer.schedule.kind": tuple(schedules.KINDS),
+    "quantization.recipe": tuple(recipes.KINDS),
 }
 
 

@@ -54,7 +54,8 @@ def _evaluate(folder: pathlib.Path) -> dict:
         seq_len=FLAGS.seq_len or plan.config.data.seq_len,
         max_batches=FLAGS.max_batches,
     )
-    figures = evaluation.evaluate(plan, plan.eval_step(), state.params, state.model_state, windows)
+    eval_step = plan.eval_step(quantized=plan.is_model_quantized(int(state.step)))
+    figures = evaluation.evaluate(plan, eval_step, state.params, state.model_state, windows)
     return {"run": str(folder), "step": int(state.step), **figures}
 
 

@@ -1,6 +1,7 @@
 """Looking a name up, and helping where it is not known."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -28,3 +29,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     text = f"Known: {', '.join(known)}."
     return f"{text} Did you mean {near[0]!r}?" if near else text
+
+
+def glob(pattern: str) -> re.Pattern:
+    """A pattern over paths: `*` is any part of one level, `**` any number of whole levels."""
+    *levels, last = pattern.strip("/").split("/")
+    pieces = ["(?:[^/]+/)*" if level == "**" else _level(level) + "/" for level in levels]
+    return re.compile("".join(pieces) + (".+" if last == "**" else _level(last)))
+
+
+def _level(text: str) -> str:
+    if text == "*":
+        return "[^/]+"
+    return "[^/]*".join(re.escape(part) for part in text.split("*"))

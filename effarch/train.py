@@ -11,9 +11,14 @@ Examples:
 
 The same command resumes a run that was stopped. The fields are explained in effarch/config.py, the
 layer language in effarch/models/layer_language.py. Exit codes: 0 finished, 2 a mistake in the command,
-config or data, 3 too many bad steps, 143 or 130 stopped by SIGTERM or Ctrl-C with everything saved.
+config or data, 3 too many bad steps, 4 another process of the run died or stuck, 143 or 130 stopped by
+SIGTERM or Ctrl-C with everything saved.
+
+On several hosts start the same command on each. Slurm (srun), Kubernetes jobs and TPU pods are detected;
+elsewhere add --coordinator=HOST:PORT --num_processes=N --process_id=I. The folder must be shared.
 """
 
+import contextlib
 import pathlib
 
 from absl import flags
@@ -25,6 +30,9 @@ BAD_STEPS = 3
 
 command_line.define_config()
 flags.DEFINE_string("workdir", None, "The run's folder (default: runs/NAME-FINGERPRINT).")
+flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of process 0.")
+flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
+flags.DEFINE_integer("process_id", None, "Several processes: the number of this one, from 0.")
 flags.DEFINE_bool("print_config", False, "Print the config with all overrides, then stop.")
 
 
@@ -35,25 +43,32 @@ def main() -> int:
             print(config)
             return 0
         # Imported here: --help and a mistyped flag are answered before JAX is loaded.
+        from effarch.parallel import multihost
         from effarch.training import checkpoints, loop, run_folder, setup
 
+        multihost.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         plan = setup.prepare(config)
         folder = pathlib.Path(FLAGS.workdir or pathlib.Path("runs") / plan.name)
-        run_folder.create(folder, plan.config, data=plan.dataset.fingerprint)
+        multihost.on_first(
+            lambda: run_folder.create(folder, plan.config, data=plan.dataset.fingerprint)
+        )
     with (
         command_line.user_errors(loop.BadSteps, code=BAD_STEPS),
         command_line.user_errors(
             run_folder.FolderInUse, checkpoints.CheckpointMismatch, checkpoints.CheckpointFailed
         ),
-        run_folder.locked(folder),
+        contextlib.ExitStack() as stack,
     ):
+        multihost.on_first(lambda: stack.enter_context(run_folder.locked(folder)))
         return _train(plan, folder)
 
 
 def _train(plan, folder: pathlib.Path) -> int:
+    from effarch.parallel import multihost
     from effarch.training import finish, loop, progress
 
-    console = progress.stderr_console()
+    first = multihost.is_first()
+    console = progress.stderr_console() if first else progress.silent_console()
     rows = {"run folder": folder, **plan.describe()}
     progress.header(console, list(rows.items()))
     outcome = loop.Loop(plan, folder, console=console).run()

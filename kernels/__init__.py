@@ -7,12 +7,24 @@ plain), `xla.py` (the fast jnp form, any device) and optional Pallas backends.
 from effarch.kernels.attention.api import attention
 from effarch.kernels.cross_entropy.api import linear_cross_entropy
 from effarch.kernels.delta_rule.api import gated_delta_rule, gated_delta_rule_step
+from effarch.kernels.grouped_matmul.api import grouped_matmul
+from effarch.kernels.hadamard.api import hadamard
+from effarch.kernels.linear_attention.api import linear_attention, linear_attention_step
+from effarch.kernels.quantize.api import QuantizedArray, quantize
 from effarch.kernels.short_conv.api import short_conv
+from effarch.kernels.vector_recurrence.api import vector_recurrence
 
 __all__ = [
+    "QuantizedArray",
     "attention",
     "gated_delta_rule",
     "gated_delta_rule_step",
+    "grouped_matmul",
+    "hadamard",
+    "linear_attention",
+    "linear_attention_step",
     "linear_cross_entropy",
+    "quantize",
     "short_conv",
+    "vector_recurrence",
 ]

@@ -8,8 +8,9 @@ import functools
 import importlib
 from collections.abc import Sequence
 
-import jax
 from absl import logging
+
+from effarch.kernels import platform
 
 
 class Unsupported(Exception):
@@ -17,9 +18,8 @@ class Unsupported(Exception):
 
 
 def preferred(backends: Sequence[str]) -> tuple[str, ...]:
-    """The backends worth trying on the default device, fastest first; always ends with `xla`."""
-    platform = jax.default_backend()
-    native = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform)
+    """The backends worth trying on the current platform, fastest first; always ends with `xla`."""
+    native = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform.current())
     return tuple(name for name in (native, "xla") if name in backends)
 
 

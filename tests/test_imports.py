@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LEVELS = [
-    ("effarch.names",),
+    ("effarch.names", "effarch.sweeps"),
     ("effarch.kernels",),
     ("effarch.quantization", "effarch.parallel"),
     ("effarch.data", "effarch.models"),

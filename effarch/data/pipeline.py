@@ -189,25 +189,38 @@ class ValidationBatches:
 
     def __getitem__(self, index: int) -> Batch:
         """Batch `index`, always of batch_size rows."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"validation batch {index} of {len(self)}")
-        first = index * self.batch_size
-        last = min(first + self.batch_size, len(self._window))
-        shape = (self.batch_size, self.seq_len + 1)
-        tokens_BS1 = np.full(shape, self.dataset.document_token, np.int32)
-        lengths_B = np.zeros(self.batch_size, np.int32)  # targets of each row
-        source_B = np.zeros(self.batch_size, np.int32)
-        for row, place in enumerate(range(first, last)):
+        return self.rows(index, 0, self.batch_size)
+
+    def rows(self, index: int, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of batch `index`: what one host loads."""
+        tokens_BS1 = np.full(
+            (stop - start, self.seq_len + 1), self.dataset.document_token, np.int32
+        )
+        for row, place in enumerate(self._places(index)[start:stop]):
             tokens = self._window_tokens(place)
             tokens_BS1[row, : len(tokens)] = tokens
-            lengths_B[row] = len(tokens) - 1
-            source_B[row] = self._source[place]
+        source_B, lengths_B = (x[start:stop] for x in self.scored(index))
         batch = window_batch(tokens_BS1, self.dataset.document_token)
         is_real_BS = np.arange(self.seq_len) < lengths_B[:, None]
         # Inputs are right already: a stream's last token is a document token.
         for name in ("segment_ids", "positions", "loss_weights"):
             batch[name] *= is_real_BS.astype(batch[name].dtype)
         return {**batch, "source": source_B}
+
+    def scored(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source and number of targets of each row of batch `index`, [B] int32; reads no text."""
+        source_B, lengths_B = np.zeros((2, self.batch_size), np.int32)
+        for row, place in enumerate(self._places(index)):
+            source_B[row] = self._source[place]
+            lengths_B[row] = len(self._window_tokens(place)) - 1
+        return source_B, lengths_B
+
+    def _places(self, index: int) -> range:
+        """The windows of a batch, by their place among the chosen ones."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"validation batch {index} of {len(self)}")
+        first = index * self.batch_size
+        return range(first, min(first + self.batch_size, len(self._window)))
 
     def bytes_of(self, source: str | int) -> int:
         """UTF-8 bytes of the scored targets of a source (the document token counts as none).

@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 
 from effarch.models import language_model, parameters
+from effarch.models import state as state_lib
 
 BACKWARD_FACTOR = 3.0
 """Forward plus backward, in forward passes."""
@@ -40,7 +41,8 @@ class Counts:
 def count(model: language_model.LanguageModel, seq_len: int) -> Counts:
     """Counts of a model, real or abstract, on sequences of `seq_len` tokens."""
     infos = jax.tree.leaves(parameters.describe(nnx.state(model, nnx.Param)))
-    total = sum(_size(info) for info in infos)
+    counted = jax.tree.leaves(parameters.describe(nnx.state(model, state_lib.CountedState)))
+    total = sum(_size(info) for info in (*infos, *counted))
     table = next(_size(info) for info in infos if info.path == "embed/table")
     head = table if model.head is None else _size_of(infos, "head/kernel")
     inner = [info for info in infos if info.path.startswith("layers/")]
@@ -95,12 +97,11 @@ def _size_of(infos, path: str) -> int:
 PEAK_FLOPS = (
     ("v5 lite", 197e12),
     ("v5e", 197e12),
-    ("v5p", 459e12),
+    ("v5", 459e12),  # v5p calls itself "TPU v5"
     ("v6 lite", 918e12),
     ("v6e", 918e12),
     ("v4", 275e12),
-    ("v7", 2307e12),
-    ("tpu7x", 2307e12),
+    ("tpu7x", 1153.5e12),  # a chip is two devices
     ("a100", 312e12),
     ("h100", 989e12),
     ("h200", 989e12),

@@ -29,12 +29,14 @@ class Residual(nnx.Module):
         if placement in ("post", "peri"):
             self.norm_out = norm.RMSNorm(width, eps=eps, param_dtype=param_dtype)
 
-    def enter(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def enter(self, x_BTD: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T D"]:
         """What the branch reads."""
-        return x_BTD if self.placement == "post" else self.norm_in(x_BTD)
+        x_BTD = x_BTD if self.placement == "post" else self.norm_in(x_BTD)
+        return ctx.shard(x_BTD, "batch", "time", None)
 
-    def leave(self, x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"]):
+    def leave(self, x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"], ctx: Context):
         """The stream after the branch gave y."""
+        y_BTD = ctx.shard(y_BTD, "batch", "stream", None)
         if self.placement == "post":
             return self.norm_out(x_BTD + y_BTD)
         return x_BTD + (self.norm_out(y_BTD) if self.placement == "peri" else y_BTD)
@@ -55,10 +57,10 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], ctx: Context, cache=None):
         """Returns the stream, the mixer's cache and the aux of mixer and ffn together."""
-        y, cache, aux = self.mixer(self.mixer_residual.enter(x_BTD), ctx, cache)
-        x_BTD = self.mixer_residual.leave(x_BTD, y)
+        y, cache, aux = self.mixer(self.mixer_residual.enter(x_BTD, ctx), ctx, cache)
+        x_BTD = self.mixer_residual.leave(x_BTD, y, ctx)
         if self.ffn is not None:
-            y, ffn_aux = self.ffn(self.ffn_residual.enter(x_BTD), ctx)
-            x_BTD = self.ffn_residual.leave(x_BTD, y)
+            y, ffn_aux = self.ffn(self.ffn_residual.enter(x_BTD, ctx), ctx)
+            x_BTD = self.ffn_residual.leave(x_BTD, y, ctx)
             aux = aux | ffn_aux
-        return ctx.shard(x_BTD, "batch", "time", None), cache, aux
+        return x_BTD, cache, aux

@@ -6,27 +6,50 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effarch.kernels import platform
 from effarch.models import block as block_lib
-from effarch.models import ffns, language_model, layer_language, mixers, parameters, registry, stack
+from effarch.models import (
+    ffns,
+    language_model,
+    layer_language,
+    layer_recipes,
+    mixers,
+    parameters,
+    registry,
+    stack,
+)
 from effarch.models.layers import embedding, linear, norm
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def model(config, *, vocab_size: int, rngs: nnx.Rngs) -> language_model.LanguageModel:
-    """The model that `config` (the `model` section) describes, with fresh parameters."""
+def model(
+    config, *, vocab_size: int, rngs: nnx.Rngs, quantization=None
+) -> language_model.LanguageModel:
+    """The model that `config` (the `model` section) describes, with fresh parameters.
+
+    `quantization` is the section that gives linear layers their recipes; None gives none.
+    """
     dtype, param_dtype = activation_dtype(config.dtype), DTYPES[config.param_dtype]
     shared = dict(init_std=config.init_std, dtype=dtype, param_dtype=param_dtype)
     layers: dict[str, nnx.Module] = {}
     runs = []
-    for run in layer_language.runs(config.layers, config.depth):
-        names = []
-        for position, layer in enumerate(run.period):
-            name = parameters.stack_name(run.start + position, len(run.period), run.repeats)
-            make = _block_maker(config, layer, shared)
-            layers[name] = stack.stacked(make, rngs.params(), run.repeats)
-            names.append(name)
-        runs.append(tuple(names))
+    planned = layer_language.runs(config.layers, config.depth)
+    makers = {layer: _block_maker(config, layer, shared) for run in planned for layer in run.period}
+    found = layer_recipes.assign(quantization, planned, makers)
+    for run in planned:
+        keys = [jax.random.split(rngs.params(), run.repeats) for _ in run.period]
+        for part in layer_recipes.parts(run, found):
+            names = []
+            for position, layer in enumerate(part.period):
+                number = part.start + position
+                make = layer_recipes.with_quantizers(makers[layer], found[number])
+                first = (part.start - run.start) // len(run.period)
+                part_keys = keys[position][first : first + part.repeats]
+                name = parameters.stack_name(number, len(part.period), part.repeats)
+                layers[name] = stack.stacked(make, part_keys)
+                names.append(name)
+            runs.append(tuple(names))
 
     def make_norm():
         return norm.RMSNorm(config.width, eps=config.norm.eps, param_dtype=param_dtype)
@@ -49,21 +72,23 @@ def model(config, *, vocab_size: int, rngs: nnx.Rngs) -> language_model.Language
     )
 
 
-def abstract(config, *, vocab_size: int) -> language_model.LanguageModel:
+def abstract(config, *, vocab_size: int, quantization=None) -> language_model.LanguageModel:
     """The same model with shapes in place of arrays; nothing is allocated."""
-    return nnx.eval_shape(lambda: model(config, vocab_size=vocab_size, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(
+        lambda: model(config, vocab_size=vocab_size, rngs=nnx.Rngs(0), quantization=quantization)
+    )
 
 
 def activation_dtype(name: str):
     """`auto` is bfloat16 on accelerators and float32 on CPUs."""
     if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.float32 if platform.current() == "cpu" else jnp.bfloat16
     return DTYPES[name]
 
 
 def unrolled(scan: str) -> bool:
     """Whether the periods are unrolled; `auto` does so on CPUs, where it is faster."""
-    return scan == "never" or (scan == "auto" and jax.default_backend() == "cpu")
+    return scan == "never" or (scan == "auto" and platform.current() == "cpu")
 
 
 def _block_maker(config, layer: layer_language.Layer, shared) -> Callable[[nnx.Rngs], nnx.Module]:

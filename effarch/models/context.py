@@ -24,10 +24,18 @@ class Context:
     """Mesh and rules; None outside a run, where sharding constraints are the identity."""
     train: bool = dataclasses.field(default=True, metadata={"static": True})
     """False in evaluation and generation."""
+    quantized: bool = dataclasses.field(default=True, metadata={"static": True})
+    """False where quantized layers are to use their plain product."""
 
     def shard(self, x: Array, *logical: str | None) -> Array:
         """Constrains x to the mesh by its logical axes, one a dimension."""
         return x if self.layout is None else self.layout.constrain(x, logical)
+
+    def local(self, function, arrays, inputs, outputs):
+        """`function(*arrays)` on each device's own pieces (`Layout.local`); outside a mesh a plain call."""
+        if self.layout is None or self.layout.mesh.size == 1:
+            return function(*arrays)
+        return self.layout.local(function, arrays, inputs, outputs)
 
     def token_positions(self, x_BTD: Array) -> Int[Array, "B T"]:
         """`positions`, or 0, 1, 2, ... for every row."""

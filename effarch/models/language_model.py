@@ -1,5 +1,6 @@
 """A language model: embedding, blocks, norm, head."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from effarch.kernels.cross_entropy import api as cross_entropy
-from effarch.models import parameters, stack
+from effarch.models import head_loss, parameters, stack
 from effarch.models.context import Context
 from effarch.models.layers import embedding, linear, norm
 
@@ -41,7 +41,7 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens_BT: Int[Array, "B T"], ctx: Context, cache: dict | None = None):
         """Returns the normed stream [B,T,D], the cache and aux: {stack name: {name: [repeats, ...]}}."""
-        x_BTD = ctx.shard(self.embed(tokens_BT, ctx), "batch", "time", None)
+        x_BTD = ctx.shard(self.embed(tokens_BT, ctx), "batch", "stream", None)
         if self.embed_norm is not None:
             x_BTD = self.embed_norm(x_BTD)
         new_cache, aux = {}, {}
@@ -75,19 +75,16 @@ class LanguageModel(nnx.Module):
 
     def loss(self, batch: dict[str, Array], ctx: Context):
         """The weighted sum over tokens of cross-entropy (nats) and z-loss, {"ce": [B,T], ...}, aux."""
-        ctx = Context(
-            segment_ids=batch["segment_ids"],
-            positions=batch["positions"],
-            key=ctx.key,
-            layout=ctx.layout,
-            train=ctx.train,
+        ctx = dataclasses.replace(
+            ctx, segment_ids=batch["segment_ids"], positions=batch["positions"]
         )
         x_BTD, _, aux = self(batch["inputs"], ctx)
-        total, token = cross_entropy.linear_cross_entropy(
+        total, token = head_loss.head_loss(
             x_BTD,
             self.head_matrix().astype(x_BTD.dtype),
             batch["targets"],
             batch["loss_weights"],
+            ctx.layout,
             softcap=self.logit_softcap,
             z_loss=self.z_loss if ctx.train else 0.0,
         )

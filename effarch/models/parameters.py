@@ -24,6 +24,8 @@ class ParamInfo:
     shape: tuple[int, ...]
     decay: bool
     """Whether weight decay applies: matrices and tables, not norms, biases, gates or states."""
+    units: tuple[int, ...] | None = None
+    """What must stay whole in each dimension when it is split: a head's width, else 1. None: all 1."""
 
     @property
     def matrix_axes(self) -> tuple[str | None, ...]:
@@ -77,9 +79,11 @@ def describe(variables: nnx.State) -> dict:
         logical = variable.get_metadata("logical")
         own = [axis for axis in logical if axis != "layers"]
         decay = variable.get_metadata("decay", len(own) >= 2)
-        return ParamInfo(
-            path, public_paths(path), logical, tuple(variable.get_value().shape), decay
-        )
+        shape = tuple(variable.get_value().shape)
+        units = variable.get_metadata("units", None)
+        if units is not None:  # those of one layer
+            units = (1,) * (len(shape) - len(units)) + tuple(units)
+        return ParamInfo(path, public_paths(path), logical, shape, decay, units)
 
     tree = jax.tree_util.tree_map_with_path(
         one, variables, is_leaf=lambda node: isinstance(node, nnx.Variable)

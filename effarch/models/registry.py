@@ -1,7 +1,8 @@
 """From a constructor to a config section and back: what a kind of block accepts.
 
 A block's constructor is `Kind(width, *, option=default, ..., rngs)`. Its keyword-only arguments are its
-config section, except the ones in SHARED, which the builder passes to whoever takes them.
+config section, except the ones in SHARED, which the builder passes to whoever takes them. A class whose
+constructor ends in `**options` has the options of its base class as well.
 """
 
 import inspect
@@ -19,7 +20,8 @@ def options(constructor) -> dict[str, inspect.Parameter]:
     """The keyword-only arguments of a constructor that a config may set."""
     return {
         name: parameter
-        for name, parameter in inspect.signature(_function(constructor)).parameters.items()
+        for function in _functions(constructor)
+        for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in SHARED
     }
 
@@ -27,7 +29,9 @@ def options(constructor) -> dict[str, inspect.Parameter]:
 def section(constructor) -> config_dict.ConfigDict:
     """The config section of a constructor: its defaults, optional fields as typed placeholders."""
     fields = config_dict.ConfigDict()
-    hints = typing.get_type_hints(_function(constructor))
+    hints: dict[str, typing.Any] = {}
+    for function in reversed(_functions(constructor)):
+        hints |= typing.get_type_hints(function)
     for name, parameter in options(constructor).items():
         if parameter.default is inspect.Parameter.empty:
             raise TypeError(f"{constructor.__name__}: option {name!r} needs a default.")
@@ -47,10 +51,24 @@ def optional_type(hint) -> type:
 
 def accepted(constructor, supplied: Mapping[str, typing.Any]) -> dict[str, typing.Any]:
     """Those of the supplied arguments that the constructor names."""
-    names = inspect.signature(_function(constructor)).parameters
+    names = {
+        name
+        for function in _functions(constructor)
+        for name in inspect.signature(function).parameters
+    }
     return {name: value for name, value in supplied.items() if name in names}
 
 
-def _function(constructor):
-    """What holds the signature: of a module class, its __init__ (NNX hides the class's own)."""
-    return constructor.__init__ if inspect.isclass(constructor) else constructor
+def _functions(constructor) -> list:
+    """What holds the signature, most special first: of a module class its __init__ (NNX hides the
+    class's own), and that of its base class as long as it takes `**options` to pass on."""
+    if not inspect.isclass(constructor):
+        return [constructor]
+    found = []
+    for kind in constructor.__mro__:
+        if "__init__" in vars(kind):
+            found.append(vars(kind)["__init__"])
+            parameters = inspect.signature(found[-1]).parameters.values()
+            if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+                break
+    return found

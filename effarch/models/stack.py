@@ -3,6 +3,7 @@
 Both ways give the same bits and use the same parameter arrays (leading `layers` axis).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effarch.models.context import Context
+from effarch.models.layers import quantizer
 
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
@@ -20,10 +22,10 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 """What a period keeps for its backward pass: everything, its input, its products, its projections."""
 
 
-def stacked(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array, repeats: int) -> nnx.Module:
-    """`repeats` independent copies of a module in one, arrays with a leading `layers` axis."""
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], keys: jax.Array) -> nnx.Module:
+    """Independent copies of a module in one, a copy a key, arrays with a leading `layers` axis."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    state = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(jax.random.split(key, repeats))
+    state = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys)
     for variable in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, nnx.Variable)):
         variable.set_metadata("logical", ("layers", *variable.get_metadata("logical")))
     return nnx.merge(graphdef, state)
@@ -54,7 +56,9 @@ def apply(
         for position, (graphdef, state) in enumerate(zip(graphdefs, states)):
             number = first_layer + index * len(graphdefs) + position
             cache = None if caches is None else caches[position]
-            x, cache, aux = nnx.merge(graphdef, state)(x, _for_layer(ctx, number), cache)
+            block, own_ctx = nnx.merge(graphdef, state), _for_layer(ctx, number)
+            quantizer.prepare(block, own_ctx)
+            x, cache, aux = block(x, own_ctx, cache)
             new_caches.append(cache)
             auxes.append(aux)
         return x, (new_caches, auxes)
@@ -70,10 +74,4 @@ def _for_layer(ctx: Context, number) -> Context:
     """The context with a random key of this layer's own."""
     if ctx.key is None:
         return ctx
-    return Context(
-        segment_ids=ctx.segment_ids,
-        positions=ctx.positions,
-        key=jax.random.fold_in(ctx.key, number),
-        layout=ctx.layout,
-        train=ctx.train,
-    )
+    return dataclasses.replace(ctx, key=jax.random.fold_in(ctx.key, number))

@@ -12,6 +12,10 @@ class ModelState(nnx.Variable):
     """Read in the forward pass, written once a step: a router's bias, a quantizer's history."""
 
 
+class CountedState(ModelState):
+    """State that published parameter totals include: a router's selection bias."""
+
+
 class Probe(nnx.Variable):
     """Zeros that an operation takes as an input to hand out a statistic of its backward pass.
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -40,6 +39,4 @@ def make(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
     """A mesh of the given shape over the devices (default: all of them)."""
     sizes = tuple(shape[axis] for axis in AXES)
     types = (AxisType.Auto,) * len(AXES)
-    if devices is None:
-        return jax.make_mesh(sizes, AXES, axis_types=types)
-    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=types)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)

@@ -17,14 +17,12 @@ import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
+from effarch.parallel import multihost
 from effarch.training import manifest, named_arrays
 
 _NUM_LISTED = 10
@@ -122,7 +120,7 @@ class Checkpoints:
         leaves = named_arrays.describe(state)
         storable = named_arrays.to_storable(state)
         _check_record(record)
-        _barrier("effarch checkpoint checked")
+        multihost.barrier("effarch checkpoint checked")
         try:
             if jax.process_index() == 0:
                 self._make_room(step)
@@ -152,7 +150,7 @@ class Checkpoints:
         """
         self.wait()
         wanted = named_arrays.describe(target)
-        chosen = _on_first_process(lambda: self._choose(wanted, step))
+        chosen = multihost.on_first(lambda: self._choose(wanted, step))
         if chosen is None:
             return None
         found = self._orbax.restore(self._path(chosen), args=_restore_args(target))
@@ -163,7 +161,7 @@ class Checkpoints:
         """Returns once the last save is complete. CheckpointFailed: it is not, and never will."""
         self._join()
         self._raise_if_failed()
-        _barrier("effarch checkpoint complete")
+        multihost.barrier("effarch checkpoint complete")
 
     def close(self) -> None:
         """Waits for the last save and ends orbax's threads. CheckpointFailed: see `wait`."""
@@ -352,28 +350,6 @@ def _check_record(record: dict) -> None:
         json.dumps(record)
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint record is not JSON: {error}") from error
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _on_first_process(choose: Callable[[], int | None]) -> int | None:
-    """`choose()` of process 0, on all processes; where it raises there, all raise."""
-    if jax.process_count() == 1:
-        return choose()
-    error, answer = None, np.array([0, 0])
-    if jax.process_index() == 0:
-        try:
-            step = choose()
-            answer = np.array([0, -1 if step is None else step])
-        except ValueError as caught:
-            error, answer = caught, np.array([1, 0])
-    failed, step = (int(x) for x in multihost_utils.broadcast_one_to_all(answer))
-    if failed:
-        raise error or ValueError("process 0 refused the checkpoints; its message says why")
-    return None if step < 0 else step
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Loss and bits per byte of held-out text."""
 
+import functools
 import math
 
 import jax
@@ -26,9 +27,8 @@ def evaluate(setup: Setup, eval_step, params, model_state, windows) -> dict[str,
     """
     sums = []
     for index in range(len(windows)):
-        batch = windows[index]
-        row_loss = eval_step(params, model_state, setup.put(batch))
-        sums.append((row_loss, batch["source"], batch["loss_weights"].sum(axis=1)))
+        batch = setup.feeder(functools.partial(_rows, windows, index))
+        sums.append((eval_step(params, model_state, batch), *windows.scored(index)))
     names = setup.dataset.sources
     loss, tokens = np.zeros(len(names)), np.zeros(len(names))
     for row_loss, source, weight in sums:
@@ -42,6 +42,10 @@ def evaluate(setup: Setup, eval_step, params, model_state, windows) -> dict[str,
                 figures = _figures(loss[index], tokens[index], num_bytes[index])
                 result |= {f"{name}/{key}": value for key, value in figures.items()}
     return result
+
+
+def _rows(windows, index: int, start: int, stop: int) -> dict[str, np.ndarray]:
+    return {name: x for name, x in windows.rows(index, start, stop).items() if x.ndim == 2}
 
 
 def _figures(loss: float, tokens: float, num_bytes: float) -> dict[str, float]:

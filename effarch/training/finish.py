@@ -6,12 +6,15 @@ import jax
 import numpy as np
 
 from effarch.models import decoding
+from effarch.parallel import multihost
 from effarch.training import formatting, loop, progress, report_page, restore, run_folder, setup
 
 
 def write(plan: setup.Setup, folder: pathlib.Path, outcome: loop.Outcome, *, console=None) -> None:
     """Writes samples/, summary.json and report.html, then prints the summary table."""
     samples = write_samples(plan, folder, outcome.state)
+    if not multihost.is_first():
+        return
     summary = summarize(plan, outcome)
     run_folder.write_json(folder / run_folder.SUMMARY, summary)
     page = report_page.write_report([folder], folder / "report.html")
@@ -50,6 +53,8 @@ def write_samples(plan: setup.Setup, folder: pathlib.Path, state) -> dict[str, s
     columns = list(
         decoding.generate(model, encoded, max_tokens=num_tokens, temperature=0.8, top_p=0.95)
     )
+    if not multihost.is_first():
+        return {}
     (folder / run_folder.SAMPLES).mkdir(exist_ok=True)
     texts = {}
     for row, prompt in enumerate(prompts):

@@ -1,6 +1,11 @@
-"""The training loop: one compiled step, metrics read one step late, checkpoints, evaluation."""
+"""The training loop: one compiled step, metrics read one step late, checkpoints, evaluation.
+
+With several processes each runs this loop in step with the others: what decides its course (metrics, the
+wish to stop) is the same on all of them. Process 0 writes and shows, the others are silent.
+"""
 
 import dataclasses
+import functools
 import pathlib
 import signal
 
@@ -9,8 +14,8 @@ import numpy as np
 
 from effarch.data import pipeline, prefetch
 from effarch.models import accounting
-from effarch.training import evaluation, progress, run_folder, setup, writers
-from effarch.training import step as step_lib
+from effarch.parallel import multihost, partitioner
+from effarch.training import evaluation, progress, run_folder, setup, watchdog, writers
 from effarch.training.state import TrainState
 
 INTERRUPTED = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -50,16 +55,21 @@ class Loop:
             weights=self.config.data.weights,
         )
         self.key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
-        self.eval_step = plan.eval_step()
+        self.eval_steps = {mode: plan.eval_step(quantized=mode) for mode in (False, True)}
         self.windows = evaluation.batches(plan, max_batches=self.config.eval.max_batches)
         self._resumes, self._seconds_before = 0, 0.0
         self._signal: int | None = None
+        self._stop = multihost.AnyProcess(plan.layout.mesh)
         self._bad_steps: list[int] = []
 
     def run(self) -> Outcome:
         """Trains to `train.num_steps`, or until told to stop by SIGTERM or SIGINT."""
         total = self.config.train.num_steps
-        with setup.open_checkpoints(self.plan, self.folder) as saved, self._catching_signals():
+        with (
+            setup.open_checkpoints(self.plan, self.folder) as saved,
+            self._catching_signals(),
+            watchdog.Watchdog(self.folder, timeout=self.config.hosts.timeout_seconds) as self.watch,
+        ):
             restored = saved.restore(self.plan.target())
             if restored is None:
                 saved.check_writable()
@@ -69,9 +79,7 @@ class Loop:
                 self._resumes, self._seconds_before = record["resumes"] + 1, record["seconds"]
             peak = accounting.peak_flops(jax.devices()[0])
             with (
-                writers.MetricsWriter(
-                    self.folder, start_step=start, tensorboard=self.config.log.tensorboard
-                ) as writer,
+                self._open_writer(start) as writer,
                 progress.Progress(
                     total,
                     start_step=start,
@@ -86,8 +94,8 @@ class Loop:
                 self.writer, self.shown, self.saved = writer, shown, saved
                 state = self._steps(state, start, total)
                 final, code = {}, 0
-                if self._signal is not None:
-                    code = INTERRUPTED[self._signal]
+                if self._stop.agreed:
+                    code = INTERRUPTED[self._signal or signal.SIGTERM]
                 else:
                     final = self._evaluate(state, total, everything=True)
                 with shown.pause("checkpoint"):
@@ -108,21 +116,24 @@ class Loop:
             return state
         feed = prefetch.Prefetch(self._batch, start, total)
         try:
-            step_function = None
+            step_functions = {}  # by whether the step is quantized
             waiting = None
             for step, batch in feed:
-                if step_function is None:
+                self.watch.beat("training", step)
+                mode = self.plan.is_quantized(step)
+                if mode not in step_functions:
+                    self.watch.beat(watchdog.COMPILING, step)
                     with self.shown.pause(progress.COMPILE):
-                        step_function = self._compile(state, batch)
-                state, metrics = step_function(state, batch, self.key)
+                        step_functions[mode] = self._compile(state, batch, mode)
+                state, metrics = step_functions[mode](state, batch, self.key)
                 if waiting is not None:
                     self._read(*waiting)
-                waiting = (step + 1, metrics)
+                waiting = (step + 1, metrics, self._stop.ask(self._signal is not None))
                 if self._due(self.config.eval.every_steps, step + 1) and step + 1 < total:
                     self._read(*waiting)
                     waiting = None
                     self._evaluate(state, step + 1)
-                stop = self._signal is not None
+                stop = self._stop.agreed
                 if (
                     self._due(self.config.checkpoint.every_steps, step + 1)
                     or stop
@@ -132,6 +143,7 @@ class Loop:
                         self._read(*waiting)
                         waiting = None
                     self._save(state, step + 1)
+                self.watch.beat("waiting for a batch", step + 1)
                 if stop:
                     self.shown.note(f"told to stop: saved step {step + 1:,}; run again to resume")
                     break
@@ -140,27 +152,31 @@ class Loop:
             feed.close()
 
     def _batch(self, step: int) -> dict[str, jax.Array]:
-        return self.plan.put(self.batches(step))
+        return self.plan.feeder(functools.partial(self.batches.rows, step))
 
-    def _compile(self, state: TrainState, batch: dict):
-        step = step_lib.train_step(
-            self.plan.plan,
-            self.plan.tx,
-            self.plan.schedule,
-            accumulate=self.config.train.accumulate,
-            layout=self.plan.layout,
-        )
-        batch_place = self.plan.layout.sharding(step_lib.BATCH_AXES)
-        jitted = jax.jit(
-            step,
-            in_shardings=(self.plan.shardings, jax.tree.map(lambda _: batch_place, batch), None),
-            out_shardings=(self.plan.shardings, None),
-            donate_argnums=0,
-        )
-        return jitted.lower(state, batch, self.key).compile()
+    def _compile(self, state: TrainState, batch: dict, quantized: bool):
+        lowered = self.plan.train_step(quantized=quantized).lower(state, batch, self.key)
+        if self.plan.layout.mesh.size == 1:
+            return lowered.compile()
+        with partitioner.heard() as complaints:
+            compiled = lowered.compile()
+        if complaints:
+            self.shown.note(
+                f"the partitioner gathers arrays whole in {len(complaints)} place(s), which costs time "
+                "and memory: try another mesh or mesh.rules"
+            )
+        return compiled
 
-    def _read(self, step: int, metrics: dict) -> None:
+    def _open_writer(self, start: int):
+        if not multihost.is_first():
+            return writers.Silent()
+        return writers.MetricsWriter(
+            self.folder, start_step=start, tensorboard=self.config.log.tensorboard
+        )
+
+    def _read(self, step: int, metrics: dict, stop: jax.Array | None) -> None:
         """Takes a step's metrics to the host: progress, metrics.jsonl, and the watch on bad steps."""
+        self._stop.read(stop)
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         self.shown.update(step, values["loss"])
         self._watch(step, values)
@@ -179,7 +195,8 @@ class Loop:
         if values["skipped_in_a_row"] >= self.config.train.max_bad_steps:
             path = self.folder / "bad_batches.json"
             windows = {str(bad): self.batches.window_ids(bad - 1) for bad in self._bad_steps}
-            run_folder.write_json(path, {"steps": windows, "loss": str(values["loss"])})
+            if multihost.is_first():
+                run_folder.write_json(path, {"steps": windows, "loss": str(values["loss"])})
             raise BadSteps(
                 f"train.max_bad_steps={self.config.train.max_bad_steps}: as many updates in a row were "
                 f"skipped, the last at step {step} ({reason}); their batches are listed in {path} and "
@@ -192,9 +209,11 @@ class Loop:
         windows = evaluation.batches(self.plan) if everything else self.windows
         if not len(windows):
             return {}
+        self.watch.beat("evaluating", step)
         with self.shown.pause("evaluation"):
+            eval_step = self.eval_steps[self.plan.is_model_quantized(step)]
             result = evaluation.evaluate(
-                self.plan, self.eval_step, state.params, state.model_state, windows
+                self.plan, eval_step, state.params, state.model_state, windows
             )
         self.writer.write(step, result, kind="eval")
         self.shown.note(
@@ -204,6 +223,7 @@ class Loop:
         return result
 
     def _save(self, state: TrainState, step: int) -> None:
+        self.watch.beat("saving", step)
         with self.shown.pause("checkpoint"):
             self.writer.sync()
             record = {"resumes": self._resumes, "seconds": self._seconds()}

@@ -221,6 +221,11 @@ def stderr_console() -> rich.console.Console:
     return rich.console.Console(stderr=True, force_terminal=False, force_jupyter=False, width=100)
 
 
+def silent_console() -> rich.console.Console:
+    """For the processes of a run that leave showing it to process 0."""
+    return rich.console.Console(quiet=True, force_terminal=False, force_jupyter=False)
+
+
 def is_terminal(console: rich.console.Console) -> bool:
     """Whether a line can be redrawn in place."""
     isatty = getattr(console.file, "isatty", lambda: False)

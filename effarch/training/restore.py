@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from effarch.models.layers import quantizer
 from effarch.training import run_folder, setup
 from effarch.training.state import TrainState
 
@@ -28,6 +29,9 @@ def open_run(folder: pathlib.Path, *, step: int | None = None) -> tuple[setup.Se
 
 
 def model_of(plan: setup.Setup, state: TrainState):
-    """The NNX model with the state's parameters."""
+    """The NNX model with the state's parameters, without recipes if it was last trained so."""
     probes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), plan.plan.probes)
-    return nnx.merge(plan.plan.graphdef, state.params, probes, state.model_state)
+    model = nnx.merge(plan.plan.graphdef, state.params, probes, state.model_state)
+    if not plan.is_model_quantized(int(state.step)):
+        quantizer.detach(model)
+    return model

@@ -5,18 +5,18 @@ Whatever is wrong with config, data or mesh is found here, before anything is co
 
 import dataclasses
 import functools
+import math
 import pathlib
 
 import jax
-import numpy as np
 import optax
 
 from effarch import config as config_lib
 from effarch import config_check
 from effarch.data import dataset as dataset_lib
 from effarch.models import accounting, build
+from effarch.parallel import feeding, multihost, partitioner, sharding
 from effarch.parallel import mesh as mesh_lib
-from effarch.parallel import sharding
 from effarch.training import checkpoints, formatting, guard, optimizers, run_folder, schedules
 from effarch.training import state as state_lib
 from effarch.training import step as step_lib
@@ -27,7 +27,8 @@ class Setup:
     """A checked config and what follows from it; nothing large is allocated."""
 
     config: object
-    dataset: dataset_lib.Dataset
+    dataset: dataset_lib.Dataset | None
+    """None where the step is only compiled."""
     vocab_size: int
     layout: sharding.Layout
     plan: state_lib.Blueprint
@@ -50,6 +51,7 @@ class Setup:
         """What is about to run, for a person: a line each."""
         config, counts, devices = self.config, self.counts, jax.devices()
         mesh = [f"{axis} {size}" for axis, size in self.layout.mesh.shape.items() if size > 1]
+        hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         length = formatting.count(config.train.num_steps * self.tokens_per_step)
         return {
             "model": f"{config.model.depth} layers of width {config.model.width}: "
@@ -58,13 +60,36 @@ class Setup:
             f"{formatting.count(counts.params_active)} of them in matrix products; "
             f"{formatting.count(counts.flops_per_token)} FLOPs a token",
             "data": f"{', '.join(self.dataset.sources)}; tokenizer {self.dataset.tokenizer.spec}",
-            "batch": f"{config.data.batch_size} rows x {config.data.seq_len} tokens = "
-            f"{self.tokens_per_step:,}, in {config.train.accumulate} micro-batch(es)",
+            "batch": self._batch_arithmetic(),
             "length": f"{config.train.num_steps:,} steps = {length} tokens",
             "optimizer": f"{config.optimizer.kind}, {config.optimizer.schedule.kind}, "
             f"peak {config.optimizer.learning_rate:g}",
-            "devices": " ".join([f"{len(devices)} x {devices[0].device_kind}", *mesh]),
+            "devices": " ".join([f"{len(devices)} x {devices[0].device_kind}{hosts}", *mesh]),
         }
+
+    def left_whole(self) -> str:
+        """The large arrays that a mesh with pieces of parameters does not cut up; "" if there are none."""
+        shape = self.layout.mesh.shape
+        if all(shape[axis] == 1 for axis in ("fsdp", "expert", "tensor")):
+            return ""
+        found = partitioner.left_whole(self.abstract, self.shardings)
+        if not found:
+            return ""
+        largest = ", ".join(sorted(found, key=found.get, reverse=True)[:3])
+        return (
+            f"{len(found)} large array(s), {formatting.count(sum(found.values()))}B on every device "
+            f"({largest}); mesh.rules could split them"
+        )
+
+    def _batch_arithmetic(self) -> str:
+        """`128 rows x 4,096 tokens = 524,288 tokens a step = 64 devices x 2 rows x 1 micro-batch`."""
+        data, accumulate = self.config.data, self.config.train.accumulate
+        parts = math.prod(self.layout.mesh.shape[axis] for axis in mesh_lib.BATCH_AXES)
+        rows = data.batch_size // parts // accumulate
+        return (
+            f"{data.batch_size:,} rows x {data.seq_len:,} tokens = {self.tokens_per_step:,} tokens a "
+            f"step = {parts} part(s) x {rows} row(s) x {accumulate} micro-batch(es)"
+        )
 
     def init(self) -> state_lib.TrainState:
         """Fresh parameters and optimizer state, made where they belong."""
@@ -75,7 +100,11 @@ class Setup:
 
     def _initial(self, key):
         return state_lib.initial(
-            self.config.model, vocab_size=self.vocab_size, seed=key, tx=self.tx
+            self.config.model,
+            vocab_size=self.vocab_size,
+            seed=key,
+            tx=self.tx,
+            quantization=self.config.quantization,
         )
 
     def target(self) -> state_lib.TrainState:
@@ -86,17 +115,43 @@ class Setup:
             self.shardings,
         )
 
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """A batch of numpy rows on the devices."""
-        return {
-            name: jax.device_put(rows, self.layout.sharding(step_lib.BATCH_AXES))
-            for name, rows in batch.items()
-            if rows.ndim == 2
-        }
+    @functools.cached_property
+    def feeder(self) -> feeding.Feeder:
+        """Puts batches on the devices; a process loads the rows of its own devices."""
+        data = self.config.data
+        place = self.layout.sharding(step_lib.BATCH_AXES)
+        return feeding.Feeder(place, data.batch_size, data.seq_len)
 
-    def eval_step(self):
+    def is_quantized(self, step: int) -> bool:
+        """Whether step `step`, counted from 0, rounds as the recipes say; else it trains plainly."""
+        options = self.config.quantization
+        return options.start_step <= step < self.config.train.num_steps - options.tail_steps
+
+    def is_model_quantized(self, num_steps: int) -> bool:
+        """Whether a model after `num_steps` steps is used as the recipes say: as it was last trained."""
+        return self.is_quantized(max(num_steps - 1, 0))
+
+    def train_step(self, *, quantized: bool = True):
+        """The train step as it runs: jitted, with its shardings, the state donated."""
+        step = step_lib.train_step(
+            self.plan,
+            self.tx,
+            self.schedule,
+            accumulate=self.config.train.accumulate,
+            layout=self.layout,
+            quantized=quantized,
+        )
+        return jax.jit(
+            step,
+            in_shardings=(self.shardings, self.layout.sharding(step_lib.BATCH_AXES), None),
+            out_shardings=(self.shardings, self.layout.sharding(())),
+            donate_argnums=0,
+        )
+
+    def eval_step(self, *, quantized: bool = True):
         """The compiled-on-use evaluation step."""
-        return jax.jit(step_lib.eval_step(self.plan, layout=self.layout))
+        step = step_lib.eval_step(self.plan, layout=self.layout, quantized=quantized)
+        return jax.jit(step, out_shardings=self.layout.sharding(()))
 
 
 def prepare(config) -> Setup:
@@ -105,7 +160,9 @@ def prepare(config) -> Setup:
     data = config.data
     # The model is planned once for its own errors before minutes may go into preparing data.
     if config.model.vocab_size:
-        build.abstract(config.model, vocab_size=config.model.vocab_size)
+        build.abstract(
+            config.model, vocab_size=config.model.vocab_size, quantization=config.quantization
+        )
     dataset = dataset_lib.find_or_prepare(
         data.sources,
         data.tokenizer,
@@ -113,14 +170,23 @@ def prepare(config) -> Setup:
         path=data.path,
         cache_dir=data.cache_dir,
     )
+    multihost.check_same("config", config_lib.fingerprint(config))
+    multihost.check_same("text or tokenizer", dataset.fingerprint)
     vocab_size = _vocab_size(config.model.vocab_size, dataset)
-    layout = sharding.Layout(mesh_lib.make(mesh_lib.resolve(config.mesh, jax.device_count())))
-    plan = state_lib.blueprint(config.model, vocab_size=vocab_size)
-    counts = accounting.count(
-        build.abstract(config.model, vocab_size=vocab_size), config.data.seq_len
-    )
+    mesh = mesh_lib.make(mesh_lib.resolve(config.mesh, jax.device_count()))
+    return on_mesh(config, mesh, vocab_size=vocab_size, dataset=dataset)
+
+
+def on_mesh(config, mesh: jax.sharding.Mesh, *, vocab_size: int, dataset=None) -> Setup:
+    """The plan of a checked config for these devices, which need not be here. Raises ValueError."""
+    layout = sharding.Layout(mesh, sharding.rules(config.mesh.rules))
+    rows = (config.data.batch_size // config.train.accumulate, config.data.seq_len)
+    layout.check("a micro-batch of data.batch_size x data.seq_len", rows, ("batch", "stream"))
+    sizes = dict(vocab_size=vocab_size, quantization=config.quantization)
+    plan = state_lib.blueprint(config.model, **sizes)
+    counts = accounting.count(build.abstract(config.model, **sizes), config.data.seq_len)
     schedule, tx = _optimizer(config, plan)
-    make = functools.partial(state_lib.initial, config.model, vocab_size=vocab_size, tx=tx)
+    make = functools.partial(state_lib.initial, config.model, tx=tx, **sizes)
     abstract = jax.eval_shape(lambda key: make(seed=key), jax.random.key(0))
     return Setup(
         config=config,

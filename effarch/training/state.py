@@ -37,9 +37,9 @@ class Blueprint(NamedTuple):
     """Nested dict of ShapeDtypeStruct."""
 
 
-def blueprint(model_config, *, vocab_size: int) -> Blueprint:
+def blueprint(model_config, *, vocab_size: int, quantization=None) -> Blueprint:
     """The model that the config describes, nothing allocated."""
-    model = build.abstract(model_config, vocab_size=vocab_size)
+    model = build.abstract(model_config, vocab_size=vocab_size, quantization=quantization)
     graphdef, params, probes, model_state = nnx.split(model, nnx.Param, state_lib.Probe, ...)
     return Blueprint(
         graphdef,
@@ -49,9 +49,18 @@ def blueprint(model_config, *, vocab_size: int) -> Blueprint:
     )
 
 
-def initial(model_config, *, vocab_size: int, seed: jax.Array, tx: optax.GradientTransformation):
+def initial(
+    model_config,
+    *,
+    vocab_size: int,
+    seed: jax.Array,
+    tx: optax.GradientTransformation,
+    quantization=None,
+):
     """A fresh TrainState from a random key; run under jit with `out_shardings`."""
-    model = build.model(model_config, vocab_size=vocab_size, rngs=nnx.Rngs(seed))
+    model = build.model(
+        model_config, vocab_size=vocab_size, rngs=nnx.Rngs(seed), quantization=quantization
+    )
     _, params, _, model_state = nnx.split(model, nnx.Param, state_lib.Probe, ...)
     params = nnx.to_pure_dict(params)
     return TrainState(
@@ -69,7 +78,7 @@ def shardings(abstract: TrainState, plan: Blueprint, layout: sharding.Layout) ->
     """
     infos = jax.tree.leaves(plan.params)
     for info in infos:
-        layout.check(f"parameter {info.public_paths[0]}", info.shape, info.logical)
+        layout.check(f"parameter {info.public_paths[0]}", info.shape, info.logical, info.units)
     by_path = {info.path: info for info in infos}
     replicated = NamedSharding(layout.mesh, PartitionSpec())
 

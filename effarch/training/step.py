@@ -22,16 +22,18 @@ def train_step(
     *,
     accumulate: int,
     layout: sharding.Layout | None = None,
+    quantized: bool = True,
 ) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
     """(state, batch, key) -> (state, metrics); `key` is the run's, the step is folded in.
 
     The gradient is that of the mean loss over all tokens with weight, whatever `accumulate`.
-    Metrics are float32 scalars on the device.
+    Metrics are float32 scalars on the device. `quantized` False leaves the recipes out.
     """
 
     def loss_fn(params, probes, model_state, batch, key, num_tokens):
         model = nnx.merge(plan.graphdef, params, probes, model_state)
-        total, token, aux = model.loss(batch, Context(key=key, layout=layout))
+        ctx = Context(key=key, layout=layout, quantized=quantized)
+        total, token, aux = model.loss(batch, ctx)
         ce = jnp.sum(token["ce"] * batch["loss_weights"]) / num_tokens
         loss = total / num_tokens + aux_lib.total_loss(aux) / accumulate
         return loss, (ce, aux)
@@ -108,13 +110,14 @@ def _accumulated(gradient, batch, key, accumulate: int):
     return loss, ce, aux_lib.reduce_leading(auxes), grads, probes
 
 
-def eval_step(plan: Blueprint, *, layout: sharding.Layout | None = None):
+def eval_step(plan: Blueprint, *, layout: sharding.Layout | None = None, quantized: bool = True):
     """(params, model_state, batch) -> the sum of cross-entropy (nats) of each row, [B] float32."""
 
     def step(params, model_state, batch):
         probes = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), plan.probes)
         model = nnx.merge(plan.graphdef, params, probes, model_state)
-        _, token, _ = model.loss(batch, Context(layout=layout, train=False))
+        ctx = Context(layout=layout, train=False, quantized=quantized)
+        _, token, _ = model.loss(batch, ctx)
         return jnp.sum(token["ce"] * batch["loss_weights"], axis=1)
 
     return step

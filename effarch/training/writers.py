@@ -91,6 +91,22 @@ class MetricsWriter:
         self.close()
 
 
+class Silent:
+    """A writer for the processes of a run that leave writing to process 0."""
+
+    def write(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+
 def read_metrics(folder: str | os.PathLike, kind: str | None = None) -> list[dict]:
     """The records of a run folder in file order, of one kind or all; [] if there is no file yet.
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from effarch.kernels import varying
 from effarch.kernels.attention import blocks, loops, masks
 
 _UNROLL = 16  # at most so many blocks are written out; beyond, loops
@@ -35,6 +36,9 @@ def attention(
     scale,
 ) -> jax.Array:
     """See `api.attention`."""
+    q, k, v, segment_ids, kv_segment_ids, q_positions, kv_positions = varying.align(
+        [q, k, v, segment_ids, kv_segment_ids, q_positions, kv_positions]
+    )
     B, T, H, K = q.shape
     G = k.shape[2]
     opts = masks.Options(causal, window, softcap, scale, _block_size(max(T, k.shape[1])))

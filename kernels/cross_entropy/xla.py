@@ -13,6 +13,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from effarch.kernels import varying
+
 _BUDGET = 2**22  # floats of logits held at once (16 MB): XLA:CPU slows down beyond its caches
 _TOKENS = 512  # but no fewer tokens than these, for each chunk reads and writes all of d head
 
@@ -24,7 +26,7 @@ def linear_cross_entropy(x, head, targets, weights, *, softcap, z_loss, chunk_si
         most = max(1, max(_BUDGET // head.shape[1], _TOKENS) // B)
         chunk_size = -(-T // -(-T // most))  # chunks of equal size, as far as they can be
     options = (softcap, z_loss, min(chunk_size, T))
-    return _loss(x, head, targets, weights, options)
+    return _loss(*varying.align([x, head, targets, weights]), options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -51,7 +53,7 @@ def _loss_fwd(x_BTD, head_DW, targets_BT, weights_BT, options):
         dhead_DW += _product("bcd,bcw->dw", x_BCD, d_BCW)
         return dhead_DW, (ce_BC, lse_BC, dx_BCD)
 
-    start = jnp.zeros(head_DW.shape, jnp.float32)
+    start, _ = varying.align([jnp.zeros(head_DW.shape, jnp.float32), x_BTD])
     dhead_DW, (ce_BT, lse_BT, dx_BTD) = _over_chunks(
         chunk, start, (x_BTD, targets_BT, weights_BT), chunk_size
     )

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from effarch.kernels.delta_rule import channel_pairs, documents, states, triangular
+from effarch.kernels.chunked import channel_decay, channel_pairs, documents, rows
+from effarch.kernels.delta_rule import states, triangular
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -37,7 +38,9 @@ def chunked(q, k, v, beta, g, initial, docs, precision):
 
 
 def _forward(q, k, v, beta, g, initial, docs, precision):
-    attend, key_products = channel_pairs.products(q[:, :, :, None], k[:, :, :, None], g)
+    q_row, k_row = q[:, :, :, None], k[:, :, :, None]
+    attend, key_products = channel_pairs.products((q_row, k_row), k_row, g)
+    attend += channel_pairs.diagonal(q_row, k_row)
     if docs is not None:
         pairs = documents.boundaries(docs).pairs[:, :, None, None]
         attend, key_products = (jnp.where(pairs, x, 0) for x in (attend, key_products))
@@ -45,11 +48,11 @@ def _forward(q, k, v, beta, g, initial, docs, precision):
     products = checkpoint_name((inverse, attend, key_products), "delta_rule_inverse")
     inverse, attend, key_products = products
     einsum = functools.partial(jnp.einsum, precision=precision)
-    read, write, carry = _factors(g, docs)
-    k_written = write * k[:, :, :, None]
-    solved = _solve(inverse, read * k[:, :, :, None], v, beta, einsum)
+    read, write, carry = channel_decay.factors(g, docs)
+    k_written = write * k_row
+    solved = _solve(inverse, read * k_row, v, beta, einsum)
     entering, new, final = states.forward(*solved, k_written, None, carry, initial, precision)
-    o = einsum("nbhrck,nbhrkv->nbhrcv", read * q[:, :, :, None], entering)
+    o = einsum("nbhrck,nbhrkv->nbhrcv", read * q_row, entering)
     o += einsum("nbhrij,nbhrjv->nbhriv", attend, new)
     return (o, final), (q, k, v, beta, g, initial, docs, products)
 
@@ -58,7 +61,7 @@ def _backward(precision, saved, cotangents):
     q, k, v, beta, g, initial, docs, (inverse, attend, key_products) = saved
     d_o, d_final = cotangents
     einsum = functools.partial(jnp.einsum, precision=precision)
-    read, write, carry = _factors(g, docs)
+    read, write, carry = channel_decay.factors(g, docs)
     q_row, k_row = q[:, :, :, None], k[:, :, :, None]
     q_read, k_read, k_written = read * q_row, read * k_row, write * k_row
     solved = _solve(inverse, k_read, v, beta, einsum)
@@ -87,34 +90,26 @@ def _backward(precision, saved, cotangents):
     if docs is not None:
         pairs = documents.boundaries(docs).pairs[:, :, None, None]
         d_products = tuple(jnp.where(pairs, x, 0) for x in d_products)
-    d_q, d_k_reader, d_k_writer = channel_pairs.products_gradient(*d_products, q_row, k_row, g)
+    (d_q, d_k_reader), d_k_writer = channel_pairs.products_gradient(
+        d_products, (q_row, k_row), k_row, g
+    )
     # The diagonal of P has no decay and joins only after the gate has been served.
     diagonal = jnp.diagonal(d_attend, axis1=-2, axis2=-1)[..., None]
     d_q += read * einsum("nbhrcv,nbhrkv->nbhrck", d_o, s)
     d_k_reader += beta[..., None] * read * d_k_read
     d_k_written = write * einsum("nbhrcv,nbhrkv->nbhrck", new, d_s)
-    d_g = _gate_gradient(
+    d_g = channel_decay.gradient(
         q_row * d_q + k_row * (d_k_reader - d_k_writer),
         k_row * d_k_written,
         carry * einsum("nbhrkv,nbhrkv->nbhrk", s, d_s),
     )
-    d_q = states.sum_value_heads(d_q + diagonal * k_row)
+    d_q = rows.sum_value_heads(d_q + diagonal * k_row)
     d_k = d_k_reader + d_k_writer + d_k_written + diagonal * q_row
-    d_k = states.sum_value_heads(d_k)
+    d_k = rows.sum_value_heads(d_k)
     return d_q, d_k, beta[..., None] * d_b, d_beta, d_g, d_initial, None
 
 
 chunked.defvjp(_forward, _backward)
-
-
-def _gate_gradient(d_log, d_write_log, d_carry_log):
-    """d g from the gradients of the logarithms of all factors, as `scalar_gate` does it."""
-    size = d_log.shape[-2]
-    upper = jnp.triu(jnp.ones((size, size), d_log.dtype))
-    strict = jnp.tril(jnp.ones((size, size), d_log.dtype), -1)
-    until_end = jnp.einsum("ti,...ik->...tk", upper, d_log, precision=HIGHEST)
-    from_start = jnp.einsum("ti,...ik->...tk", strict, d_write_log, precision=HIGHEST)
-    return until_end + from_start + d_carry_log[..., None, :]
 
 
 def _solve(inverse, k_read, v, beta, einsum):
@@ -122,17 +117,3 @@ def _solve(inverse, k_read, v, beta, einsum):
     weights = inverse * beta[..., None, :]
     solved_keys = einsum("nbhrij,nbhrjk->nbhrik", weights, k_read)
     return solved_keys, einsum("nbhrij,nbhrjv->nbhriv", weights, v)
-
-
-def _factors(g, docs):
-    """Decay times document mask: read and write [N,B,H,R,C,K], carry [N,B,H,R,K]."""
-    read, write = channel_pairs.decays(g)
-    carry = read[..., -1, :]
-    if docs is None:
-        return read, write, carry
-    mask = documents.boundaries(docs)
-    return (
-        jnp.where(mask.reads[:, :, None, None, :, None], read, 0),
-        jnp.where(mask.writes[:, :, None, None, :, None], write, 0),
-        jnp.where(mask.carries[:, :, None, None, None], carry, 0),
-    )

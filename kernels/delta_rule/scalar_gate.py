@@ -8,33 +8,24 @@ cumulative log decay, q already scaled, S the state that enters:
     O    = e^G Q S + ((Q K^T) D) V'
     S   <- e^(G_C) S + (e^(G_C - G) K)^T V'
 
-Documents turn e^G, e^(G_C - G), e^(G_C) and D into masked factors (`Factors`). The gradient passes
-the solve by its own rule and never through the substitution: with A = (I + L)^-1 and dV' given,
-dB = A^T dV' belongs to B = beta (V - e^G K S), and dL = -strict_lower(dB V'^T).
+Documents turn e^G, e^(G_C - G), e^(G_C) and D into masked factors (`head_decay.Factors`). The
+gradient passes the solve by its own rule and never through the substitution: with A = (I + L)^-1 and
+dV' given, dB = A^T dV' belongs to B = beta (V - e^G K S), and dL = -strict_lower(dB V'^T).
 
 Saved for the gradient: the inputs and A. Recomputed: W, U, all states, V'.
 Legend: N chunks, H key heads, R value heads per key head, C tokens of a chunk.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from effarch.kernels.delta_rule import documents, states, triangular
+from effarch.kernels.chunked import head_decay, rows
+from effarch.kernels.delta_rule import states, triangular
 
 HIGHEST = jax.lax.Precision.HIGHEST
-
-
-class Factors(NamedTuple):
-    """Decay times document mask; sizes of 1 where a factor does not depend on that axis."""
-
-    pairs: jax.Array  # [N,B,H,R,C,C]  from token j to token i, 0 above the diagonal
-    read: jax.Array  # [N,B,H,R,C]    from the entering state to token i
-    write: jax.Array | None  # [N,B,H,R,C]  from token j to the end of the chunk; None: all 1
-    carry: jax.Array  # [N,B,H,R,1]    from the entering state to the end of the chunk
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -48,7 +39,7 @@ def chunked(q, k, v, beta, g, initial, docs, precision):
 
 
 def _forward(q, k, v, beta, g, initial, docs, precision):
-    factors = _factors(g, docs, k)
+    factors = head_decay.factors(g, docs, k)
     key_products = jnp.einsum("nbhik,nbhjk->nbhij", k, k, precision=HIGHEST)
     inverse = triangular.inverse_unit_lower(_lower(beta, key_products, factors))
     inverse = checkpoint_name(inverse, "delta_rule_inverse")
@@ -67,7 +58,7 @@ def _backward(precision, saved, cotangents):
     q, k, v, beta, g, initial, docs, inverse = saved
     d_o, d_final = cotangents
     einsum = functools.partial(jnp.einsum, precision=precision)
-    f = _factors(g, docs, k)
+    f = head_decay.factors(g, docs, k)
     solved_keys, solved_values = _solve(inverse, k, v, beta, f, einsum)
     s, new, _ = states.forward(solved_keys, solved_values, k, f.write, f.carry, initial, precision)
     query_products = einsum("nbhik,nbhjk->nbhij", q, k)[:, :, :, None]
@@ -85,7 +76,7 @@ def _backward(precision, saved, cotangents):
     )
     # The solve: V' = A B with B = beta (V - read K S).
     d_b = einsum("nbhrij,nbhriv->nbhrjv", inverse, d_new)
-    d_lower = -einsum("nbhriv,nbhrjv->nbhrij", d_b, new) * _strict(k)
+    d_lower = -einsum("nbhriv,nbhrjv->nbhrij", d_b, new) * head_decay.strictly_lower(k)
     key_products = einsum("nbhik,nbhjk->nbhij", k, k)[:, :, :, None] * f.pairs
     # What q, k as reader and k as writer see of the states, before the decays.
     q_sees = einsum("nbhrcv,nbhrkv->nbhrck", d_o, s)
@@ -94,15 +85,15 @@ def _backward(precision, saved, cotangents):
     d_attend = einsum("nbhriv,nbhrjv->nbhrij", d_o, new)
 
     read, read_beta = f.read[..., None], (f.read * beta)[..., None]
-    d_products = states.sum_value_heads(d_attend * f.pairs)
-    d_key_products = states.sum_value_heads(d_lower * beta[..., None] * f.pairs)
+    d_products = rows.sum_value_heads(d_attend * f.pairs)
+    d_key_products = rows.sum_value_heads(d_lower * beta[..., None] * f.pairs)
     written = k_writes if f.write is None else f.write[..., None] * k_writes
-    d_q = einsum("nbhij,nbhjk->nbhik", d_products, k) + states.sum_value_heads(read * q_sees)
+    d_q = einsum("nbhij,nbhjk->nbhik", d_products, k) + rows.sum_value_heads(read * q_sees)
     d_k = (
         einsum("nbhij,nbhik->nbhjk", d_products, q)
         + einsum("nbhij,nbhjk->nbhik", d_key_products, k)
         + einsum("nbhij,nbhik->nbhjk", d_key_products, k)
-        + states.sum_value_heads(written + read_beta * k_reads)
+        + rows.sum_value_heads(written + read_beta * k_reads)
     )
     k_reads_dot = einsum("nbhrck,nbhck->nbhrc", k_reads, k)
     d_beta = (
@@ -114,37 +105,18 @@ def _backward(precision, saved, cotangents):
     d_g = None
     if g is not None:
         # The diagonal has no decay: leaving it out keeps tiny gradients of strong decays exact.
-        moved = d_attend * attend * _strict(k) + d_lower * beta[..., None] * key_products
+        moved = (
+            d_attend * attend * head_decay.strictly_lower(k)
+            + d_lower * beta[..., None] * key_products
+        )
         d_read_log = f.read * (einsum("nbhrck,nbhck->nbhrc", q_sees, q) + beta * k_reads_dot)
         d_write_log = einsum("nbhrck,nbhck->nbhrc", written, k)
         d_carry_log = f.carry[..., 0] * einsum("nbhrkv,nbhrkv->nbhr", s, d_s)
-        d_g = _gate_gradient(moved, d_read_log, d_write_log, d_carry_log)
+        d_g = head_decay.gradient(moved, d_read_log, d_write_log, d_carry_log)
     return d_q, d_k, d_v, d_beta, d_g, d_initial, None
 
 
 chunked.defvjp(_forward, _backward)
-
-
-def _gate_gradient(moved, d_read_log, d_write_log, d_carry_log):
-    """d g from the gradients of the logarithms of all factors.
-
-    g_t is part of a factor that ends at i >= t, or of a write factor that starts at j < t. The latter
-    are summed as they are: as a total minus the rest they would drown the small ones.
-    """
-    ones = jnp.ones_like(moved[..., :1, :])
-    rows = jnp.einsum("...ij,...j->...i", moved, ones[..., 0, :], precision=HIGHEST)
-    columns = jnp.matmul(ones, moved, precision=HIGHEST)[..., 0, :]
-    until_end = cumulative(rows - columns + d_read_log, reverse=True)
-    strict = _strict(moved)
-    from_start = jnp.einsum("...j,ij->...i", d_write_log, strict, precision=HIGHEST)
-    return until_end + from_start + d_carry_log[..., None]
-
-
-def cumulative(x: jax.Array, reverse: bool = False) -> jax.Array:
-    """Inclusive sums along the last axis, as a product: much faster than scans for short axes."""
-    lower = jnp.tril(jnp.ones((x.shape[-1],) * 2, x.dtype))
-    axes = "...i,ij->...j" if reverse else "...j,ij->...i"
-    return jnp.einsum(axes, x, lower, precision=HIGHEST)
 
 
 def _solve(inverse, k, v, beta, factors, einsum):
@@ -155,39 +127,8 @@ def _solve(inverse, k, v, beta, factors, einsum):
 
 
 def _lower(beta, key_products, factors):
-    return beta[..., None] * (key_products[:, :, :, None] * factors.pairs) * _strict(key_products)
-
-
-def _strict(like: jax.Array) -> jax.Array:
-    size = like.shape[-2]
-    return jnp.tril(jnp.ones((size, size), like.dtype), -1)
-
-
-def _factors(g, docs, k) -> Factors:
-    """All decays of all chunks; masks go in before the exponential, so nothing overflows."""
-    mask = _visible(docs, k)
-    if g is None:
-        write = None if docs is None else mask.write.astype(k.dtype)
-        pairs, read, carry = (x.astype(k.dtype) for x in (mask.pairs, mask.read, mask.carry))
-        return Factors(pairs, read, write, carry)
-    # g = coarse + fine: sums of coarse (multiples of 1/64) are exact, so that differences of G stay
-    # accurate after a decay of -1000 in the same chunk.
-    coarse = jnp.round(g * 64) / 64
-    coarse, fine = cumulative(coarse), cumulative(g - coarse)
-    gap = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
-    to_end = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
-    from_start = coarse + fine
-    logs = Factors(gap, from_start, to_end, from_start[..., -1:])
-    return Factors(*(jnp.exp(jnp.where(sees, x, -jnp.inf)) for sees, x in zip(mask, logs)))
-
-
-def _visible(docs, k) -> Factors:
-    """The factors without their decays, as booleans."""
-    is_lower = jnp.tril(jnp.ones((k.shape[-2],) * 2, bool))
-    if docs is None:
-        always = jnp.ones((k.shape[0], 1, 1, 1, 1), bool)
-        return Factors(is_lower[None, None, None, None], always, always, always)
-    mask = documents.boundaries(docs)
-    heads = (slice(None), slice(None), None, None)
-    pairs = (mask.pairs & is_lower)[heads]
-    return Factors(pairs, mask.reads[heads], mask.writes[heads], mask.carries[heads][..., None])
+    return (
+        beta[..., None]
+        * (key_products[:, :, :, None] * factors.pairs)
+        * head_decay.strictly_lower(key_products)
+    )

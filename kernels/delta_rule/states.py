@@ -53,14 +53,5 @@ def backward(solved_keys, keys, write, carry, d_new_local, d_state_local, d_fina
     return d_states, d_new_values, d_initial
 
 
-def sum_value_heads(x: jax.Array) -> jax.Array:
-    """[N,B,H,R,...] -> [N,B,H,...], as additions of slices.
-
-    XLA:CPU of jaxlib 0.10 crashes in a fused sum of products over an inner axis of seven (one of
-    them of size 1), which is what a sum here would become under `jax.vmap`.
-    """
-    return functools.reduce(jnp.add, [x[:, :, :, head] for head in range(x.shape[3])])
-
-
 def _key_axes(keys: jax.Array) -> str:
     return "bhck" if keys.ndim == 5 else "bhrck"

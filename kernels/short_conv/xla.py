@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from effarch.kernels import varying
-from effarch.kernels.delta_rule import documents
+from effarch.kernels.chunked import documents
 
 
 def short_conv(x, kernel, *, bias=None, activation=None, initial=None, segment_ids=None):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from effarch.kernels import gated_delta_rule, gated_delta_rule_step
+from effarch.kernels.chunked import rows
 
 BACKENDS = ["reference", "xla"]
 GATES = ["none", "head", "channel"]
@@ -130,6 +131,14 @@ def test_every_chunk_size_gives_the_same(float64, gate):
     expected, _ = in_float64(inputs)
     for chunk_size in [50] if gate == "channel" else [1, 128]:  # in effect 64; 16 and 128
         assert_trees_close(forward(*inputs, chunk_size=chunk_size), expected, 1e-12)
+
+
+def test_long_rows_go_from_stretch_to_stretch(float64, monkeypatch):
+    inputs = make_inputs("head")
+    expected = _forward_backward(*inputs, SEGMENTS, backend="xla")
+    monkeypatch.setattr(rows, "LONGEST_STRETCH", 1)  # three stretches of a chunk
+    fresh = compiled(lambda *inputs: _forward_backward.__wrapped__(*inputs, backend="xla"))
+    assert_trees_close(fresh(*inputs, SEGMENTS), expected, 1e-12)
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])
@@ -301,7 +310,9 @@ def test_outputs_do_not_see_the_future(float64, gate):
 # Transformations.
 
 
-@pytest.mark.parametrize("gate", ["head", pytest.param("channel", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("gate", ["head", "channel"])
 def test_vmap_scan_and_checkpoint(gate):
     *inputs, _ = make_inputs(gate, np.float32, length=17)
 
@@ -327,12 +338,12 @@ def test_inside_shard_map():
     """Manual over a mesh axis with checks on; k, beta replicated, no initial state."""
     inputs = make_inputs("head", np.float32, length=17)[:5]
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows, copy = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-    specs = (rows, copy, rows, copy, rows)
+    split, copy = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    specs = (split, copy, split, copy, split)
 
     def sharded(*inputs, backend):
         rule = functools.partial(gated_delta_rule, backend=backend)
-        return jax.shard_map(rule, mesh=mesh, in_specs=specs, out_specs=rows)(*inputs)
+        return jax.shard_map(rule, mesh=mesh, in_specs=specs, out_specs=split)(*inputs)
 
     def plain(*inputs, backend):
         return gated_delta_rule(*inputs, backend=backend)

@@ -43,8 +43,8 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """Sends this process a signal while the batch of a step is being made."""
     original = loop.Loop._read
 
-    def read(self, read_step, metrics):
-        original(self, read_step, metrics)
+    def read(self, read_step, metrics, stop):
+        original(self, read_step, metrics, stop)
         if read_step == step:
             os.kill(os.getpid(), number)
 
@@ -98,10 +98,10 @@ def test_a_crash_loses_only_what_came_after_the_last_checkpoint(whole, tiny, tmp
     _, whole_folder, whole_outcome = whole
     folder = tmp_path / "crashed"
 
-    def fail(self, step, metrics):
+    def fail(self, step, metrics, stop):
         if step == 10:
             raise RuntimeError("power cut")
-        original(self, step, metrics)
+        original(self, step, metrics, stop)
 
     original = loop.Loop._read
     with monkeypatch.context() as patch:
@@ -146,15 +146,15 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
 
 def test_bad_steps_in_a_row_end_the_run_with_a_list_of_batches(tiny, tmp_path, monkeypatch):
     tiny.train.max_bad_steps = 3
-    original = loop.pipeline.TrainBatches.__call__
+    original = loop.pipeline.TrainBatches.rows
 
-    def poisoned(self, step):
-        batch = original(self, step)
+    def poisoned(self, step, start, stop):
+        batch = original(self, step, start, stop)
         if step >= 5:
             batch["loss_weights"] = batch["loss_weights"] * np.float32(np.nan)
         return batch
 
-    monkeypatch.setattr(loop.pipeline.TrainBatches, "__call__", poisoned)
+    monkeypatch.setattr(loop.pipeline.TrainBatches, "rows", poisoned)
     with pytest.raises(loop.BadSteps, match=r"train\.max_bad_steps=3"):
         train(tiny, tmp_path)
     listed = json.loads((tmp_path / "bad_batches.json").read_text())["steps"]

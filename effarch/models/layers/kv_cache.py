@@ -1,33 +1,40 @@
-"""The decode cache of softmax attention: a ring of keys and values with their positions."""
+"""The decode cache of softmax attention: a ring of named arrays with the positions of their tokens."""
+
+from collections.abc import Mapping
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 
-def init(batch: int, length: int, num_kv_heads: int, k_dim: int, v_dim: int, dtype) -> dict:
-    """`length` empty slots a row; position -1 marks a slot as empty."""
+def init(batch: int, length: int, shapes: Mapping[str, tuple[int, ...]], dtype) -> dict:
+    """`length` empty slots a row for arrays of the given shape per token; position -1 is empty."""
+    arrays = {name: jnp.zeros((batch, length, *shape), dtype) for name, shape in shapes.items()}
+    return arrays | {"positions": jnp.full((batch, length), -1, jnp.int32)}
+
+
+def new_positions(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None):
+    """The positions of the tokens at hand, -1 for padding."""
+    return positions if segment_ids is None else jnp.where(segment_ids != 0, positions, -1)
+
+
+def joined(cache: dict, new: Mapping[str, Array]) -> dict[str, Array]:
+    """The slots of the cache followed by the new tokens, positions included."""
     return {
-        "k": jnp.zeros((batch, length, num_kv_heads, k_dim), dtype),
-        "v": jnp.zeros((batch, length, num_kv_heads, v_dim), dtype),
-        "positions": jnp.full((batch, length), -1, jnp.int32),
+        name: jnp.concatenate([cache[name], x.astype(cache[name].dtype)], axis=1)
+        for name, x in new.items()
     }
 
 
-def append(
-    cache: dict,
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    positions: Int[Array, "B T"],
-    valid: Bool[Array, "B T"],
-) -> dict:
-    """Writes token p of a row into slot p mod length; tokens that are not `valid` are dropped."""
+def append(cache: dict, new: Mapping[str, Array]) -> dict:
+    """Writes the token of position p into slot p mod length; tokens of position -1 are dropped."""
+    positions = new["positions"]
     length = cache["positions"].shape[1]
-    last = jnp.max(jnp.where(valid, positions, -1), axis=1, keepdims=True)
-    kept = valid & (positions > last - length)  # two tokens of one write never share a slot
+    last = jnp.max(positions, axis=1, keepdims=True)
+    # Two tokens of one write never share a slot.
+    kept = (positions >= 0) & (positions > last - length)
     slot = jnp.where(kept, positions % length, length)
-    row = jnp.arange(k.shape[0])[:, None]
+    row = jnp.arange(positions.shape[0])[:, None]
     return {
-        "k": cache["k"].at[row, slot].set(k.astype(cache["k"].dtype), mode="drop"),
-        "v": cache["v"].at[row, slot].set(v.astype(cache["v"].dtype), mode="drop"),
-        "positions": cache["positions"].at[row, slot].set(positions, mode="drop"),
+        name: cache[name].at[row, slot].set(x.astype(cache[name].dtype), mode="drop")
+        for name, x in new.items()
     }

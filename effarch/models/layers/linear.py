@@ -11,21 +11,27 @@ from effarch.quantization import matmul
 class Linear(nnx.Module):
     """y = x W + b.  2*I*O FLOPs per token, I*O (+O) parameters; W ~ N(0, init_std)."""
 
+    quantizer = None
+    """What takes the place of the plain product; given by the builder."""
+
     def __init__(
         self,
         in_features: int,
         out_features: int,
         *,
         axes: tuple[str | None, str | None],
+        head_dim: int = 1,
         use_bias: bool = False,
         init_std: float = 0.02,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
+        """`head_dim`: what a mesh must not cut of the `heads` axis."""
         shape = (in_features, out_features)
+        units = tuple(head_dim if axis == "heads" else 1 for axis in axes)
         kernel = init_std * jax.random.normal(rngs.params(), shape, param_dtype)
-        self.kernel = nnx.Param(kernel, logical=axes)
+        self.kernel = nnx.Param(kernel, logical=axes, units=units)
         if use_bias:
             self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), logical=(axes[1],))
         self.use_bias = use_bias
@@ -33,8 +39,14 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = matmul.matmul(x, self.kernel[...], dtype=self.dtype)
+        product = matmul.matmul if self.quantizer is None else self.quantizer
+        y = product(x, self.kernel[...], dtype=self.dtype)
         return y + self.bias[...].astype(y.dtype) if self.use_bias else y
+
+    @property
+    def product_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of each product."""
+        return (self.sizes,)
 
     def forward_flops(self, seq_len: int) -> float:
         """Per token; the sequence length does not matter."""

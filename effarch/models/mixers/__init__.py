@@ -5,9 +5,27 @@ A mixer is `Mixer(width, *, options..., rngs)` with `(x, ctx, cache) -> (y, cach
 """
 
 from effarch.models.mixers.attention import Attention
+from effarch.models.mixers.delta_net import DeltaNet
 from effarch.models.mixers.gated_delta_net import GatedDeltaNet
+from effarch.models.mixers.gla import GatedLinearAttention
+from effarch.models.mixers.hgrn import HGRN
+from effarch.models.mixers.hgrn2 import HGRN2
+from effarch.models.mixers.kda import KimiDeltaAttention
+from effarch.models.mixers.latent_attention import LatentAttention
+from effarch.models.mixers.linear_attention import LinearAttention
+from effarch.models.mixers.mamba2 import Mamba2
+from effarch.models.mixers.retnet import RetNet
 
 KINDS = {
     "attention": Attention,
+    "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
+    "gla": GatedLinearAttention,
+    "hgrn": HGRN,
+    "hgrn2": HGRN2,
+    "kda": KimiDeltaAttention,
+    "latent_attention": LatentAttention,
+    "linear_attention": LinearAttention,
+    "mamba2": Mamba2,
+    "retnet": RetNet,
 }

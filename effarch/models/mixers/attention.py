@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from effarch.kernels.attention import api as attention
 from effarch.models.context import Context
-from effarch.models.layers import kv_cache, linear, norm, rotary
+from effarch.models.layers import attend, kv_cache, linear, norm, rotary
 
 
 class Attention(nnx.Module):
@@ -30,6 +30,7 @@ class Attention(nnx.Module):
         rope_theta: float = 10000.0,
         rope_fraction: float = 1.0,
         qk_norm: bool = False,
+        qk_norm_whole: bool = False,
         window: int | None = None,
         softcap: float | None = None,
         use_gate: bool = False,
@@ -40,8 +41,9 @@ class Attention(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """`window`: tokens each query sees, itself included. None means: num_kv_heads = num_heads,
-        head_dim = width / num_heads, no window, no soft-cap, the fastest backend."""
+        """`window`: tokens each query sees, itself included. `qk_norm_whole`: the norms run over all
+        heads together (OLMoE). None means: num_kv_heads = num_heads, head_dim = width / num_heads,
+        no window, no soft-cap, the fastest backend."""
         num_kv_heads = num_kv_heads or num_heads
         head_dim = head_dim or width // num_heads
         _check(width, num_heads, num_kv_heads, head_dim, rope, rope_fraction, window)
@@ -49,7 +51,9 @@ class Attention(nnx.Module):
         self.rope, self.rope_theta, self.rope_fraction = rope, rope_theta, rope_fraction
         self.window, self.softcap, self.backend, self.dtype = window, softcap, backend, dtype
         self.qk_norm, self.use_gate = qk_norm, use_gate
+        self.qk_norm_whole = qk_norm_whole
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        shared |= dict(head_dim=head_dim)
         columns, rows = ("embed", "heads"), ("heads", "embed")
         self.q = linear.Linear(width, num_heads * head_dim, axes=columns, **shared)
         self.k = linear.Linear(width, num_kv_heads * head_dim, axes=columns, **shared)
@@ -58,8 +62,10 @@ class Attention(nnx.Module):
         if use_gate:
             self.gate = linear.Linear(width, num_heads * head_dim, axes=columns, **shared)
         if qk_norm:
-            self.q_norm = norm.RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype)
-            self.k_norm = norm.RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype)
+            q_width = num_heads * head_dim if qk_norm_whole else head_dim
+            k_width = num_kv_heads * head_dim if qk_norm_whole else head_dim
+            self.q_norm = norm.RMSNorm(q_width, eps=norm_eps, param_dtype=param_dtype)
+            self.k_norm = norm.RMSNorm(k_width, eps=norm_eps, param_dtype=param_dtype)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], ctx: Context, cache: dict | None = None):
         """Returns (y [B,T,D], cache, aux)."""
@@ -67,7 +73,7 @@ class Attention(nnx.Module):
         q, k, v = self._project(x_BTD, ctx, positions)
         options = dict(window=self.window, softcap=self.softcap, backend=self.backend)
         if cache is None:
-            o = attention.attention(q, k, v, segment_ids=ctx.segment_ids, **options)
+            o = attend.attend(q, k, v, ctx, **options)
         else:
             o, cache = self._attend_cached(q, k, v, ctx, positions, cache, options)
         o_BTF = o.reshape(*o.shape[:2], -1)
@@ -80,10 +86,12 @@ class Attention(nnx.Module):
             y = y_BTF.reshape(*y_BTF.shape[:2], count, self.head_dim)
             return ctx.shard(y, "batch", "time", "heads", None)
 
-        q = heads(self.q(x_BTD), self.num_heads)
-        k = heads(self.k(x_BTD), self.num_kv_heads)
+        q, k = self.q(x_BTD), self.k(x_BTD)
+        if self.qk_norm and self.qk_norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = heads(q, self.num_heads), heads(k, self.num_kv_heads)
         v = heads(self.v(x_BTD), self.num_kv_heads)
-        if self.qk_norm:
+        if self.qk_norm and not self.qk_norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:
             turn = dict(theta=self.rope_theta, fraction=self.rope_fraction)
@@ -92,26 +100,24 @@ class Attention(nnx.Module):
 
     def _attend_cached(self, q, k, v, ctx: Context, positions, cache, options):
         """Attends to what the cache holds and to the new tokens, then stores the new tokens."""
-        if ctx.segment_ids is None:
-            valid = jnp.ones(positions.shape, bool)
-        else:
-            valid = ctx.segment_ids != 0
-        new_positions = jnp.where(valid, positions, -1)
+        positions = kv_cache.new_positions(positions, ctx.segment_ids)
+        new = {"k": k, "v": v, "positions": positions}
+        seen = kv_cache.joined(cache, new)
         o = attention.attention(
             q,
-            jnp.concatenate([cache["k"], k.astype(cache["k"].dtype)], axis=1),
-            jnp.concatenate([cache["v"], v.astype(cache["v"].dtype)], axis=1),
-            q_positions=new_positions,
-            kv_positions=jnp.concatenate([cache["positions"], new_positions], axis=1),
+            seen["k"],
+            seen["v"],
+            q_positions=positions,
+            kv_positions=seen["positions"],
             **options,
         )
-        return o, kv_cache.append(cache, k, v, positions, valid)
+        return o, kv_cache.append(cache, new)
 
     def init_cache(self, batch: int, length: int) -> dict:
         """An empty cache for sequences of up to `length` tokens (a ring of `window` if set)."""
         slots = min(length, self.window) if self.window else length
-        sizes = (self.num_kv_heads, self.head_dim, self.head_dim)
-        return kv_cache.init(batch, slots, *sizes, self.dtype)
+        shape = (self.num_kv_heads, self.head_dim)
+        return kv_cache.init(batch, slots, {"k": shape, "v": shape}, self.dtype)
 
     def forward_flops(self, seq_len: int) -> float:
         """Scores and values per token, causal average over the sequence; projections not included."""

@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from effarch.kernels.delta_rule import api as delta_rule
-from effarch.kernels.short_conv import api as short_conv
 from effarch.models.context import Context
-from effarch.models.layers import decay, linear, norm
+from effarch.models.layers import decay, heads, linear, memory, norm, short_convs
 
 
 class GatedDeltaNet(nnx.Module):
@@ -33,6 +31,7 @@ class GatedDeltaNet(nnx.Module):
         conv_size: int = 4,
         use_gate: bool = True,
         allow_neg_eigval: bool = False,
+        learnable_initial_state: bool = False,
         chunk_size: int | None = None,
         backend: str | None = None,
         norm_eps: float = 1e-6,
@@ -50,9 +49,7 @@ class GatedDeltaNet(nnx.Module):
             )
         self.num_heads, self.num_v_heads = num_heads, num_v_heads
         self.k_dim, self.v_dim = head_dim, int(head_dim * expand_v)
-        self.conv_size, self.use_gate = conv_size, use_gate
-        self.beta_scale = 2.0 if allow_neg_eigval else 1.0
-        self.chunk_size, self.backend, self.dtype = chunk_size, backend, dtype
+        self.use_gate, self.beta_scale = use_gate, 2.0 if allow_neg_eigval else 1.0
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         keys, values = num_heads * self.k_dim, num_v_heads * self.v_dim
         columns = ("embed", "heads")
@@ -66,73 +63,38 @@ class GatedDeltaNet(nnx.Module):
         self.out_norm = norm.RMSNorm(self.v_dim, eps=norm_eps, param_dtype=param_dtype)
         if use_gate:
             self.gate = linear.Linear(width, values, axes=columns, **shared)
-        if conv_size:
-            sizes = {"q": keys, "k": keys, "v": values}
-            self.conv = nnx.Dict(
-                {
-                    name: nnx.Param(
-                        init_std * jax.random.normal(rngs.params(), (conv_size, size), param_dtype),
-                        logical=("conv", "heads"),
-                    )
-                    for name, size in sizes.items()
-                }
-            )
+        sizes = {"q": keys, "k": keys, "v": values}
+        self.conv = short_convs.ShortConvs(sizes, conv_size, **shared)
+        self.memory = memory.Memory(
+            *(num_v_heads, self.k_dim, self.v_dim),
+            learned=learnable_initial_state,
+            chunk_size=chunk_size,
+            backend=backend,
+        )
 
     def __call__(self, x_BTD: Float[Array, "B T D"], ctx: Context, cache: dict | None = None):
         """Returns (y [B,T,D], cache, aux)."""
         projected = {"q": self.q(x_BTD), "k": self.k(x_BTD), "v": self.v(x_BTD)}
-        tails = {}
-        if self.conv_size:
-            for name, channels in projected.items():
-                projected[name], tails[name] = short_conv.short_conv(
-                    channels,
-                    self.conv[name][...].astype(channels.dtype),
-                    activation="silu",
-                    initial=None if cache is None else cache["conv"][name],
-                    segment_ids=ctx.segment_ids,
-                )
-        q = norm.l2_normalize(self._heads(projected["q"], self.num_heads, ctx))
-        k = norm.l2_normalize(self._heads(projected["k"], self.num_heads, ctx))
-        v = self._heads(projected["v"], self.num_v_heads, ctx)
+        projected, tails = self.conv(projected, ctx, None if cache is None else cache["conv"])
+        q = norm.l2_normalize(heads.split(projected["q"], self.num_heads, ctx))
+        k = norm.l2_normalize(heads.split(projected["k"], self.num_heads, ctx))
+        v = heads.split(projected["v"], self.num_v_heads, ctx)
         beta_BTH = self.beta_scale * jax.nn.sigmoid(self.beta(x_BTD).astype(jnp.float32))
         decay_log_BTH = self.rate(self.decay(x_BTD))
-        o, state = delta_rule.gated_delta_rule(
-            q,
-            k,
-            v,
-            beta_BTH,
-            decay_log_BTH,
-            initial_state=None if cache is None else cache["state"],
-            segment_ids=ctx.segment_ids,
-            chunk_size=self.chunk_size,
-            backend=self.backend,
-        )
-        o = self.out_norm(o)
-        o_BTF = o.reshape(*o.shape[:2], -1)
+        o, state = self.memory.delta_rule(q, k, v, beta_BTH, decay_log_BTH, ctx, cache)
+        o_BTF = heads.join(self.out_norm(o), ctx)
         if self.use_gate:
             o_BTF = o_BTF * jax.nn.silu(self.gate(x_BTD))
-        y = self.out(ctx.shard(o_BTF, "batch", "time", "heads"))
         aux = {
             "metric/delta_beta": jnp.mean(beta_BTH),
             "metric/delta_decay": jnp.mean(jnp.exp(decay_log_BTH)),
         }
-        return y, None if cache is None else {"state": state, "conv": tails}, aux
-
-    def _heads(self, y_BTF, count: int, ctx: Context):
-        y = y_BTF.reshape(*y_BTF.shape[:2], count, -1)
-        return ctx.shard(y, "batch", "time", "heads", None)
+        return self.out(o_BTF), None if cache is None else state | {"conv": tails}, aux
 
     def init_cache(self, batch: int, length: int) -> dict:
-        """Zero state [B,HV,K,V] and the convolutions' last inputs; `length` does not matter."""
-        sizes = {"q": self.num_heads * self.k_dim, "v": self.num_v_heads * self.v_dim}
-        sizes["k"] = sizes["q"]
-        tail = max(self.conv_size - 1, 0)
-        conv = {name: jnp.zeros((batch, tail, size), self.dtype) for name, size in sizes.items()}
-        state = jnp.zeros((batch, self.num_v_heads, self.k_dim, self.v_dim), jnp.float32)
-        return {"state": state, "conv": conv if self.conv_size else {}}
+        """An empty state and the convolutions' last inputs; `length` does not matter."""
+        return self.memory.init_cache(batch) | {"conv": self.conv.init_cache(batch)}
 
     def forward_flops(self, seq_len: int) -> float:
-        """The recurrence (read, write, read out, decay) and convolutions per token; no projections."""
-        recurrence = 7.0 * self.num_v_heads * self.k_dim * self.v_dim
-        channels = 2 * self.num_heads * self.k_dim + self.num_v_heads * self.v_dim
-        return recurrence + 2.0 * self.conv_size * channels
+        """The recurrence (read, write, read out, decay) per token; no projections or convolutions."""
+        return 7.0 * self.num_v_heads * self.k_dim * self.v_dim

@@ -10,10 +10,12 @@ from typing import Any
 import optax
 
 from effarch import names
-from effarch.training.optimizers import adamw, groups, muon, updates
+from effarch.training.optimizers import adam8bit, adamw, coat, groups, muon, updates
 
 KINDS = {
+    "adam8bit": adam8bit.adam8bit,
     "adamw": adamw.adamw,
+    "coat": coat.coat,
     "muon": muon.muon,
 }
 

@@ -109,7 +109,7 @@ def parse_rule(text: str, index: int = 0) -> Rule:
                 f"{field}: {word!r} is not a setting. {names.did_you_mean(name, _SETTINGS)}"
             )
         settings[name] = _SETTINGS[name](field, name, value)
-    return Rule(text, _glob(glob), settings)
+    return Rule(text, names.glob(glob), settings)
 
 
 def _group(info: parameters.ParamInfo, rules: Sequence[Rule]) -> Group:
@@ -158,19 +158,6 @@ def _refuse_split(info: parameters.ParamInfo, rules: Sequence[Rule]) -> None:
         f" array {info.path!r} and leaves out {left_out!r}; name all of its layers, or use lr=,"
         " decay= or frozen=, which work layer by layer."
     )
-
-
-def _glob(text: str) -> re.Pattern:
-    """`*` stands for any part of one level, `**` for any number of whole levels."""
-    *levels, last = text.strip("/").split("/")
-    pieces = ["(?:[^/]+/)*" if level == "**" else _level(level) + "/" for level in levels]
-    return re.compile("".join(pieces) + (".+" if last == "**" else _level(last)))
-
-
-def _level(text: str) -> str:
-    if text == "*":
-        return "[^/]+"
-    return "[^/]*".join(re.escape(part) for part in text.split("*"))
 
 
 def _nearest(pattern: str, public: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ Legend: leading axes "...", C tokens of a chunk (a power of two).
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,56 +34,50 @@ class Levels(NamedTuple):
     meets: np.ndarray  # [levels,C,C]  1 where i is in a right half and j in the left half beside it
 
 
-def decays(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """exp of the sums of g [..., C, K] from the chunk's start through t, and behind t to its end."""
-    size = g.shape[-2]
-    ones = np.ones((size, size), g.dtype)
-    from_start, to_end = (
-        _einsum("ts,...sk->...tk", x, g) for x in (np.tril(ones), np.triu(ones, 1))
-    )
-    return jnp.exp(from_start), jnp.exp(to_end)
-
-
-def products(q: jax.Array, k: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """P [..., C, C] and its counterpart for keys with keys, strictly lower, [..., C, C]."""
+def products(rows: Sequence[jax.Array], k: jax.Array, g: jax.Array) -> list[jax.Array]:
+    """P of every kind of row (queries, keys), strictly lower, [..., C, C] each."""
 
     def level(products, constants):
         sums, meets = constants
-        qk, kk = products
         decay = jnp.exp(_einsum("ts,...sk->...tk", sums, g))
-        q_near, k_near = q * decay, k * decay
-        qk += meets * _einsum("...ik,...jk->...ij", q_near, k_near)
-        kk += meets * _einsum("...ik,...jk->...ij", k_near, k_near)
-        return (qk, kk), None
+        return [
+            product + meets * _einsum("...ik,...jk->...ij", row * decay, k * decay)
+            for product, row in zip(products, rows)
+        ], None
 
     size = g.shape[-2]
     zero = jnp.zeros_like(g[..., :1]) * jnp.zeros(size, g.dtype)
-    (qk, kk), _ = jax.lax.scan(level, (zero, zero), _levels(size, g.dtype))
-    return qk + _einsum("...ck,...ck->...c", q, k)[..., None] * np.eye(size, dtype=g.dtype), kk
+    return jax.lax.scan(level, [zero] * len(rows), _levels(size, g.dtype))[0]
+
+
+def diagonal(q: jax.Array, k: jax.Array) -> jax.Array:
+    """The part of P that has no decay, a diagonal matrix [..., C, C]."""
+    return _einsum("...ck,...ck->...c", q, k)[..., None] * np.eye(q.shape[-2], dtype=q.dtype)
 
 
 def products_gradient(
-    d_qk: jax.Array, d_kk: jax.Array, q: jax.Array, k: jax.Array, g: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """d q, d k as reader (row) and d k as writer (column), without the diagonal; [..., C, K] each.
+    d_products: Sequence[jax.Array], rows: Sequence[jax.Array], k: jax.Array, g: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    """The gradients of the rows and of k as the writer (column), [..., C, K] each.
 
     Only the strictly lower triangles of the given gradients count.
     """
 
     def level(gradients, constants):
         sums, meets = constants
-        d_q, d_reader, d_writer = gradients
+        d_rows, d_writer = gradients
         decay = jnp.exp(_einsum("ts,...sk->...tk", sums, g))
-        q_near, k_near = q * decay, k * decay
-        d_rows_q, d_rows_k = meets * d_qk, meets * d_kk
-        d_q += decay * _einsum("...ij,...jk->...ik", d_rows_q, k_near)
-        d_reader += decay * _einsum("...ij,...jk->...ik", d_rows_k, k_near)
-        d_columns = _einsum("...ij,...ik->...jk", d_rows_q, q_near)
-        d_writer += decay * (d_columns + _einsum("...ij,...ik->...jk", d_rows_k, k_near))
-        return (d_q, d_reader, d_writer), None
+        met = [meets * d_product for d_product in d_products]
+        d_rows = [
+            d_row + decay * _einsum("...ij,...jk->...ik", d, k * decay)
+            for d_row, d in zip(d_rows, met)
+        ]
+        for d, row in zip(met, rows):
+            d_writer += decay * _einsum("...ij,...ik->...jk", d, row * decay)
+        return (d_rows, d_writer), None
 
     zero = jnp.zeros_like(g)
-    return jax.lax.scan(level, (zero, zero, zero), _levels(g.shape[-2], g.dtype))[0]
+    return jax.lax.scan(level, ([zero] * len(rows), zero), _levels(g.shape[-2], g.dtype))[0]
 
 
 def _levels(size: int, dtype) -> Levels:

@@ -1,0 +1,90 @@
+"""The matrix state of a recurrent mixer: how it starts, is cached and passes through the kernels.
+
+Every document starts from S_0, zeros or learned (`learned_start`). The kernels start the first
+document of a row from `initial_state` and later ones from zero. For those, with c_t the product of the
+decays of the document through t, S_t = S'_t + diag(c_t) S_0, where S' starts from zero and obeys the
+same recurrence with other values:
+
+    delta rule         v'_t = v_t - S_0^T (c_t k_t)           o_t = o'_t + S_0^T (c_t scale q_t)
+    linear attention   v'_t = v_t                             o_t = o'_t + S_0^T (c_t scale q_t)
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from effarch.kernels.delta_rule import api as delta_rule
+from effarch.kernels.linear_attention import api as linear_attention
+from effarch.models.context import Context
+from effarch.models.layers import learned_start
+
+
+class Memory(nnx.Module):
+    """The matrix state [HV,K,V] of each row, float32.  HV*K*V parameters if its start is learned."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        k_dim: int,
+        v_dim: int,
+        *,
+        learned: bool = False,
+        chunk_size: int | None = None,
+        backend: str | None = None,
+    ):
+        self.start = learned_start.Start((num_heads, k_dim, v_dim), learned=learned)
+        self.chunk_size, self.backend = chunk_size, backend
+
+    def delta_rule(self, q, k, v, beta, g, ctx: Context, cache: dict | None):
+        """`kernels.gated_delta_rule` and the next cache (None without a cache)."""
+        fade = self._fade(g, v, ctx)
+        new_v = v if fade is None else v - self._recall(k, fade.tokens).astype(v.dtype)
+        return self._run(
+            lambda **options: delta_rule.gated_delta_rule(q, k, new_v, beta, g, **options),
+            *(q, fade, None, ctx, cache),
+        )
+
+    def linear_attention(self, q, k, v, g, ctx: Context, cache: dict | None, scale=None):
+        """`kernels.linear_attention` and the next cache (None without a cache)."""
+        return self._run(
+            lambda **options: linear_attention.linear_attention(q, k, v, g, **options),
+            *(q, self._fade(g, v, ctx), scale, ctx, cache),
+        )
+
+    def _run(self, kernel, q, fade, scale, ctx: Context, cache: dict | None):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        o, state = kernel(
+            scale=scale,
+            initial_state=self.start.initial_state(q.shape[0], cache),
+            segment_ids=ctx.segment_ids,
+            chunk_size=self.chunk_size,
+            backend=self.backend,
+        )
+        if fade is not None:
+            o += (scale * self._recall(q, fade.tokens)).astype(o.dtype)
+            state += fade.last.reshape(*state.shape[:2], -1, 1) * self.start.value[...]
+        return o, self.start.next_cache(state, cache)
+
+    def _fade(self, g, v, ctx: Context):
+        """c of the documents that the kernel does not start from S_0, [B,T,HV] or [B,T,HV,K]."""
+        if not self.start.is_learned or ctx.segment_ids is None:
+            return None
+        g = jnp.zeros(v.shape[:3]) if g is None else g
+        g = jnp.broadcast_to(g, v.shape[:3]) if g.ndim == 1 else g
+        tokens, last = learned_start.fade(g.reshape(*g.shape[:2], -1), ctx)
+        return learned_start.Fade(tokens.reshape(g.shape), last)
+
+    def _recall(self, x_BTHK, fade) -> Float[Array, "B T HV V"]:
+        """S_0^T (c x) for queries or keys x, in float32."""
+        batch, length, heads = x_BTHK.shape[:3]
+        start = self.start.value[...]
+        fade = fade.reshape(batch, length, heads, start.shape[0] // heads, -1)
+        faded = x_BTHK.astype(jnp.float32)[:, :, :, None] * fade
+        start = start.reshape(heads, -1, *start.shape[1:])
+        highest = jax.lax.Precision.HIGHEST
+        o = jnp.einsum("bthrk,hrkv->bthrv", faded, start, precision=highest)
+        return o.reshape(batch, length, -1, start.shape[-1])
+
+    def init_cache(self, batch: int) -> dict[str, Array]:
+        return self.start.init_cache(batch)

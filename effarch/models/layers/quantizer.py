@@ -1,0 +1,149 @@
+"""What a quantized linear layer holds besides its weights: the recipe, its statistics, its seed.
+
+The builder gives linear layers their quantizer (`attach`); the stack hands out random words before it
+runs a block (`prepare`), so that no mixer or ffn knows of quantization.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from effarch.kernels.grouped_matmul import api as grouped_matmul
+from effarch.models.context import Context
+from effarch.models.state import ModelState, Probe
+from effarch.quantization import estimators, grouped, matmul
+from effarch.quantization.recipes import Recipe
+
+_KEY = 1 << 20  # folded into the layer's key, away from the numbers that layers use themselves
+
+
+class Quantizer(nnx.Module):
+    """The product of a linear layer by a recipe. No state."""
+
+    seed = None
+    """Two random uint32 words of this layer and step; handed out by `prepare`."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.is_active = True
+
+    def __call__(self, x: Float[Array, "... I"], w: Float[Array, "I O"], *, dtype):
+        """y = x w, [..., O] in `dtype`."""
+        if not self.is_active:
+            return matmul.matmul(x, w, dtype=dtype)
+        return self.product(x, w, dtype)
+
+    def product(self, x, w, dtype):
+        return matmul.quantized_matmul(x, w, self.recipe, dtype=dtype, seed=self.seed)
+
+    def grouped(self, x, w, group_sizes, *, name: str, **options):
+        """`kernels.grouped_matmul` of experts; the module's products differ by `name`."""
+        if not self.is_active:
+            return grouped_matmul.grouped_matmul(x, w, group_sizes, **options)
+        seed = None if self.seed is None else self.seed ^ jnp.uint32(zlib.crc32(name.encode()))
+        return grouped.quantized_grouped_matmul(
+            x, w, group_sizes, self.recipe, seed=seed, **options
+        )
+
+
+class Delayed(Quantizer):
+    """Scales from the largest magnitudes of x, w and dL/dy in the last steps.
+
+    largest <- max over the history of finite magnitudes, if that is above 0; else unchanged.
+    """
+
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe)
+        self.history = ModelState(jnp.zeros((3, recipe.history)), logical=(None, None))
+        self.largest = ModelState(jnp.zeros((3,)), logical=(None,))
+        self.seen = Probe(jnp.zeros((3,)), logical=(None,))
+
+    def product(self, x, w, dtype):
+        return matmul.quantized_matmul(
+            x, w, self.recipe, dtype=dtype, amax=self.largest[...], probe=self.seen[...]
+        )
+
+    def next_state(self, state: dict, aux: dict, probes: dict) -> dict:
+        """Stacked along the layers: history [layers, 3, steps], largest [layers, 3]."""
+        seen = jnp.where(jnp.isfinite(probes["seen"]), probes["seen"], 0.0)
+        history = jnp.concatenate([seen[..., None], state["history"][..., :-1]], axis=-1)
+        largest = jnp.max(history, axis=-1)
+        return {"history": history, "largest": jnp.where(largest > 0, largest, state["largest"])}
+
+
+class Learned(Quantizer):
+    """Learned steps of x and w (LSQ): step = start * factor, the factor learned from 1.
+
+    `start` is LSQ's first step: that of w from the initial weights, that of x from the first batch.
+    Where we differ: the factor is the parameter, not the step, so that an optimizer that moves every
+    parameter by about its learning rate moves large and small steps alike.
+    """
+
+    def __init__(self, recipe: Recipe, kernel: Float[Array, "I O"]):
+        super().__init__(recipe)
+        bits = recipe.step_bits[1]
+        start_w = estimators.initial_step(kernel, bits) if bits else jnp.ones(())
+        self.factor = nnx.Param(jnp.ones((2,)), logical=(None,), decay=False)
+        self.start = ModelState(jnp.stack([jnp.zeros(()), start_w]), logical=(None,))
+        self.seen = Probe(jnp.zeros((1,)), logical=(None,))
+
+    def product(self, x, w, dtype):
+        first = estimators.initial_step(jax.lax.stop_gradient(x), self.recipe.step_bits[0])
+        x = estimators.report(x, self.seen[...], first[None])
+        start = jnp.where(self.start[...] > 0, self.start[...], first)
+        steps = jnp.maximum(start * self.factor[...], 1e-5)
+        return matmul.quantized_matmul(x, w, self.recipe, dtype=dtype, steps=steps)
+
+    def next_state(self, state: dict, aux: dict, probes: dict) -> dict:
+        """start [layers, 2]."""
+        return {"start": jnp.where(state["start"] > 0, state["start"], probes["seen"])}
+
+
+def make(recipe: Recipe, layer: nnx.Module, path: str) -> Quantizer:
+    """The quantizer that a recipe needs for a layer."""
+    if not recipe.has_state:
+        return Quantizer(recipe)
+    if not isinstance(getattr(layer, "kernel", None), nnx.Param):
+        raise ValueError(
+            f"quantization: {path} holds experts, which recipes with delayed scales or learned steps do "
+            f"not serve; add a rule such as 'layers/*/{path} fp8_current'."
+        )
+    return Delayed(recipe) if recipe.history else Learned(recipe, layer.kernel[...])
+
+
+def attach(block: nnx.Module, found: dict[str, Recipe | None]) -> None:
+    """Gives each linear layer of a block its quantizer; `found` maps paths in the block to recipes."""
+    for path, layer in linear_layers(block).items():
+        if found.get(path) is not None:
+            layer.quantizer = make(found[path], layer, path)
+
+
+def detach(model: nnx.Module) -> None:
+    """Takes the quantizers of all linear layers of a model away."""
+    for layer in linear_layers(model).values():
+        if layer.quantizer is not None:
+            del layer.quantizer
+
+
+def linear_layers(block: nnx.Module) -> dict[str, nnx.Module]:
+    """The layers of a block that can have a quantizer, by path: `ffn/up`."""
+    return {
+        "/".join(map(str, path)): node
+        for path, node in nnx.iter_graph(block)
+        if isinstance(node, nnx.Module) and hasattr(node, "quantizer")
+    }
+
+
+def prepare(block: nnx.Module, ctx: Context) -> None:
+    """Tells the quantizers of a block whether to round and hands each random words of its own."""
+    quantizers = [node for _, node in nnx.iter_graph(block) if isinstance(node, Quantizer)]
+    for quantizer in quantizers:
+        quantizer.is_active = ctx.quantized
+    random = [quantizer for quantizer in quantizers if quantizer.recipe.products.is_random]
+    if ctx.key is not None and ctx.quantized and random:
+        key = jax.random.fold_in(ctx.key, _KEY)
+        for quantizer, seed in zip(random, jax.random.bits(key, (len(random), 2), jnp.uint32)):
+            quantizer.seed = seed

@@ -1,0 +1,50 @@
+"""What XLA's partitioner says while it compiles for a mesh, and which arrays a mesh leaves whole.
+
+Both are performance bugs that nobody sees: an array that is gathered whole on every device because no
+sharding leads from one use to the next, and a large parameter that no rule of the table splits.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+REMATERIALIZATION = "Involuntary full rematerialization"
+LARGE = 2**20
+"""Bytes from which an array is worth a word."""
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """Collects the partitioner's complaints of the compiles inside; all else still goes to stderr."""
+    complaints: list[str] = []
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield complaints
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            for line in file.read().decode(errors="replace").splitlines():
+                if REMATERIALIZATION in line:
+                    complaints.append(line)
+                else:
+                    print(line, file=sys.stderr)
+
+
+def left_whole(abstract: Any, shardings: Any, *, at_least: int = LARGE) -> dict[str, int]:
+    """{path: bytes} of the large arrays that every device of the mesh holds whole."""
+    found = {}
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    for (path, leaf), place in zip(leaves, jax.tree.leaves(shardings)):
+        size = leaf.size * leaf.dtype.itemsize if hasattr(leaf.dtype, "itemsize") else 0
+        if size >= at_least and place.is_fully_replicated:
+            found[jax.tree_util.keystr(path, simple=True, separator="/")] = size
+    return found

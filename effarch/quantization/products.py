@@ -1,0 +1,229 @@
+"""The three products of a linear layer, each operand rounded to its own format.
+
+    y = Q(x) Q(w)       dx = Q(e) Q(w)^T       dw = Q(x)^T Q(e)       e = dL/dy
+
+x [T,I], w [I,O], e [T,O]: the products contract I, O and T, and blocks lie along what is contracted.
+The gradient is straight-through: rounding counts as the identity. "Fake" products round values and
+multiply them in `dtype`; "native" ones multiply float8 or int8 numbers where every scale can wait
+until after the product, and then both give the same bits (int8: while sums stay below 2^24).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from effarch.kernels.hadamard import api as hadamard
+from effarch.kernels.quantize import api as quantize
+from effarch.kernels.quantize import rounding as rounding_lib
+from effarch.kernels.quantize import scales
+from effarch.kernels.quantize.formats import Format
+
+SPREADS = ("block", "tile", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """How one operand of one product is rounded."""
+
+    format: Format
+    spread: str = "block"
+    """Who shares a scale: `block`, along the contraction; `tile`, squares of both dimensions, so that
+    w and its transpose are rounded alike; `tensor`, everything."""
+    rounding: str = "nearest"
+    headroom: bool | None = None
+    """See `kernels.quantize`."""
+    rotate: int = 0
+    """Block of a randomized Hadamard transform along the contraction; both operands have the same."""
+
+    @property
+    def scale_waits(self) -> bool:
+        """Whether the scale is one along the contraction, and so can be applied to the result."""
+        whole = self.spread == "tensor" or self.format.block_size is None
+        return self.format.scale == "float32" and whole
+
+    @property
+    def is_random(self) -> bool:
+        return self.rounding == "stochastic" or self.rotate > 0
+
+    def block_sizes(self) -> tuple[int, int]:
+        """What must divide (the contraction, the other dimension)."""
+        if self.spread == "tensor":
+            return 1, 1
+        block = self.format.block_size or 1
+        return max(block, self.rotate), block if self.spread == "tile" else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """The six operands; None is not rounded."""
+
+    y_x: Operand | None = None
+    y_w: Operand | None = None
+    dx_e: Operand | None = None
+    dx_w: Operand | None = None
+    dw_x: Operand | None = None
+    dw_e: Operand | None = None
+    native: bool = False
+
+    def operands(self) -> dict[str, Operand]:
+        """Those that are rounded."""
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Operand)}
+
+    @property
+    def is_random(self) -> bool:
+        return any(operand.is_random for operand in self.operands().values())
+
+
+PLAIN = Products()
+"""No rounding."""
+
+
+def multiply(
+    products: Products,
+    x: Float[Array, "T I"],
+    w: Float[Array, "I O"],
+    *,
+    dtype,
+    seed: jax.Array | None = None,
+    amax: Float[Array, "3"] | None = None,
+    probe: Float[Array, "3"] | None = None,
+) -> Float[Array, "T O"]:
+    """y = Q(x) Q(w) in `dtype`, with the gradients of `products`.
+
+    seed: two uint32 words for stochastic rounding and random signs, for the backward pass alone.
+    amax: the magnitudes that set the scales of x, w and e instead of their own (delayed scaling).
+    probe: zeros, whose cotangent becomes the largest magnitudes of x, w and e.
+    """
+    return _multiply((products, dtype), x, w, seed, amax, probe)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(static, x, w, seed, amax, probe):
+    return _forward(static, x, w, seed, amax, probe)[0]
+
+
+def _forward(static, x, w, seed, amax, probe):
+    products, dtype = static
+    amax_x, amax_w = (None, None) if amax is None else (amax[0], amax[1])
+    x_rounded = _rounded(products.y_x, x, 1, dtype, amax=amax_x)
+    w_rounded = _rounded(products.y_w, w, 0, dtype, amax=amax_w)
+    y = _product(products, x_rounded, 1, w_rounded, 0).astype(dtype)
+    seen = None if probe is None else jnp.stack([_largest(x), _largest(w)])
+    # What the backward pass would round in the same way is kept rounded.
+    x_kept = x_rounded if _same(products.y_x, products.dw_x) else x
+    w_kept = w_rounded if _same(products.y_w, products.dx_w) else w
+    like = (jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
+    return y, (x_kept, w_kept, like, seed, amax, seen)
+
+
+def _backward(static, saved, e):
+    products, dtype = static
+    x, w, (like_x, like_w), seed, amax, seen = saved
+    _check_tokens(products, e.shape[0])
+    seeds, signs = draws(products, seed)
+    amax_x, amax_w, amax_e = (None, None, None) if amax is None else amax
+
+    def rounded(name, array, axis, amax):
+        if isinstance(array, tuple):
+            return array
+        operand = getattr(products, name)
+        return _rounded(operand, array, axis, dtype, seeds.get(name), signs, amax)
+
+    dx = _product(
+        products, rounded("dx_e", e, 1, amax_e), 1, rounded("dx_w", w, 1, amax_w), 1
+    ).astype(like_x.dtype)
+    dw = _product(
+        products, rounded("dw_x", x, 0, amax_x), 0, rounded("dw_e", e, 0, amax_e), 0
+    ).astype(like_w.dtype)
+    d_probe = None if seen is None else jnp.append(seen, _largest(e))
+    return dx, dw, None, None, d_probe
+
+
+_multiply.defvjp(_forward, _backward)
+
+
+def _rounded(operand, x, axis, dtype, seed=None, signs=None, amax=None):
+    """(values, scale or None): values in `dtype`, the scale [others] is for the product."""
+    if operand is None:
+        return x.astype(dtype), None
+    fmt = operand.format
+    x = x.astype(jnp.float32)
+    if operand.rotate:
+        x = hadamard.hadamard(x, block_size=operand.rotate, axis=axis, signs=signs[operand.rotate])
+    if amax is not None:
+        scale, _ = scales.of_blocks(amax, fmt, 1.0)
+        return rounding_lib.nearest(x / scale, fmt.element).astype(dtype), scale.reshape(1)
+    dims = {"block": axis, "tile": (0, 1), "tensor": None}[operand.spread]
+    axes = quantize.blocked_axes(x.shape, fmt, dims)
+    values, block, tensor = quantize.scaled(
+        x, fmt, axes, rounding=operand.rounding, seed=seed, headroom=operand.headroom
+    )
+    if operand.scale_waits:
+        return values.astype(dtype), (block * tensor).reshape(-1)
+    return quantize.rescale(values, block, axes).astype(dtype), tensor.reshape(1)
+
+
+def _product(products, a, axis_a, b, axis_b):
+    """a and b contracted over the named axes, float32, with both scales applied."""
+    (values_a, scale_a), (values_b, scale_b) = a, b
+    kinds = _native_kinds(products, axis_a, axis_b)
+    if kinds is not None:
+        values_a, values_b = values_a.astype(kinds[0]), values_b.astype(kinds[1])
+    sum_dtype = jnp.int32 if values_a.dtype == jnp.int8 else jnp.float32
+    dims = (((axis_a,), (axis_b,)), ((), ()))
+    y = jax.lax.dot_general(values_a, values_b, dims, preferred_element_type=sum_dtype)
+    y = y.astype(jnp.float32)
+    y = y if scale_a is None else y * scale_a[:, None]
+    return y if scale_b is None else y * scale_b
+
+
+def _native_kinds(products, axis_a, axis_b):
+    """The number types of a native product of these operands, or None."""
+    names = {(1, 0): ("y_x", "y_w"), (1, 1): ("dx_e", "dx_w"), (0, 0): ("dw_x", "dw_e")}
+    pair = [getattr(products, name) for name in names[axis_a, axis_b]]
+    if not products.native or not all(operand and operand.scale_waits for operand in pair):
+        return None
+    return [operand.format.element.dtype for operand in pair]
+
+
+def _same(first, second) -> bool:
+    """Whether two roundings of one array give the same, whatever is contracted."""
+    return first is not None and first == second and first.spread != "block" and not first.is_random
+
+
+def draws(products: Products, seed) -> tuple[dict, dict]:
+    """Two words for each random operand, and the signs of each rotation, shared by all operands."""
+    if not products.is_random:
+        return {}, {}
+    if seed is None:
+        raise ValueError(
+            "quantization: this recipe rounds stochastically or draws rotations in its backward pass "
+            "and needs random numbers; give the layer's Context a key."
+        )
+    operands = products.operands()
+    number = jnp.arange(2 * len(operands) + 2, dtype=jnp.uint32)
+    words = rounding_lib.mix(rounding_lib.mix(number + seed[0]) ^ seed[1]).reshape(-1, 2)
+    sizes = {operand.rotate for operand in operands.values() if operand.rotate}
+    signs = {
+        size: jnp.where(rounding_lib.uniform(words[-1], (size,)) < 0.5, -1.0, 1.0) for size in sizes
+    }
+    return dict(zip(operands, words)), signs
+
+
+def _check_tokens(products, tokens):
+    for name in ("dw_x", "dw_e"):
+        operand = getattr(products, name)
+        block = operand.block_sizes()[0] if operand else 1
+        if tokens % block:
+            raise ValueError(
+                f"quantization: weight gradients need blocks of {block} tokens, but a micro-batch has "
+                f"{tokens}; change data.batch_size, data.seq_len or train.accumulate."
+            )
+
+
+def _largest(x: Array) -> Array:
+    return jnp.max(jnp.abs(x)).astype(jnp.float32)

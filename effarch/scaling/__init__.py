@@ -1,0 +1,1 @@
+"""Scaling laws: their fits, IsoFLOP vertices, bands, and the statistics of comparisons."""

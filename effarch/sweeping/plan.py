@@ -1,0 +1,116 @@
+"""The runs of a sweep: a config file's `get_sweep()`, applied, checked and named by fingerprint."""
+
+import copy
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from effarch import config as config_lib
+from effarch import config_check, names
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a sweep."""
+
+    config: Any
+    """Checked and frozen."""
+    overrides: dict[str, Any]
+    """The fields in which it differs from the sweep's base config."""
+    fingerprint: str
+    root: pathlib.Path
+    """The sweep's folder."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.name}-{self.fingerprint[:8]}"
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return self.root / self.name
+
+    @property
+    def config_file(self) -> pathlib.Path:
+        return self.root / "configs" / f"{self.name}.json"
+
+    @property
+    def log(self) -> pathlib.Path:
+        return self.root / "logs" / f"{self.name}.log"
+
+    @property
+    def failure(self) -> pathlib.Path:
+        return self.root / "failures" / f"{self.name}.txt"
+
+
+def get_sweep(path: str, arg: str) -> list[dict[str, Any]]:
+    """What `get_sweep(arg)` of a config file returns. Raises ValueError if it has none."""
+    spec = importlib.util.spec_from_file_location("_effarch_sweep", path)
+    module = importlib.util.module_from_spec(spec) if spec else None
+    if module is not None:
+        spec.loader.exec_module(module)
+    if not hasattr(module, "get_sweep"):
+        raise ValueError(
+            f"--config={path} has no get_sweep(arg); write one with effarch.sweeps, see there."
+        )
+    return module.get_sweep(arg)
+
+
+def runs(
+    base: ConfigDict,
+    sweep: Sequence[Mapping[str, Any]],
+    root: pathlib.Path,
+    *,
+    taken: Sequence[str] = (),
+) -> list[Run]:
+    """The sweep's runs in its order, those of equal fingerprint once.
+
+    `taken` are fields that the command line sets: a sweep that sets one as well is refused.
+    """
+    found: dict[str, Run] = {}
+    for overrides in sweep:
+        for field in overrides:
+            if field in taken:
+                raise ValueError(
+                    f"--config.{field} is also set by get_sweep(); leave it to one of them."
+                )
+        checked = config_check.finish(apply(base, overrides))
+        mark = config_lib.fingerprint(checked)
+        found.setdefault(mark, Run(checked, dict(overrides), mark, root))
+    if not found:
+        raise ValueError("get_sweep() returned no runs; return a list of dicts of overrides.")
+    return list(found.values())
+
+
+def apply(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with fields set by path. Raises ValueError for unknown ones."""
+    changed = copy.deepcopy(base)
+    for field, value in overrides.items():
+        *sections, last = field.split(".")
+        section = changed
+        for name in sections:
+            section = _get(section, name, field)
+        _get(section, last, field)
+        try:
+            section[last] = _plain(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"get_sweep(): {field}={value!r} has the wrong type.") from error
+    return changed
+
+
+def _get(section: Any, name: str, field: str) -> Any:
+    if not isinstance(section, ConfigDict) or name not in section:
+        known = section if isinstance(section, ConfigDict) else ()
+        raise ValueError(
+            f"get_sweep(): {field} is not a config field. {names.did_you_mean(name, known)}"
+        )
+    return section[name]
+
+
+def _plain(value: Any) -> Any:
+    """Numpy numbers as Python's, lists as tuples."""
+    value = value.item() if hasattr(value, "item") else value
+    return tuple(value) if isinstance(value, list) else value

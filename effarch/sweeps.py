@@ -1,0 +1,60 @@
+"""What a config file's `get_sweep()` is made of: lists of runs, each a dict of config overrides.
+
+    def get_sweep(arg=""):
+        return sweeps.product(
+            {"model.layers": ["attention/glu", "3*gated_delta_net/glu + attention/glu"]},
+            sweeps.together({"optimizer.learning_rate": [1e-3, 5e-4], "model.width": [256, 512]}),
+            {"seed": range(3)},
+        )
+
+makes 2 x 2 x 3 = 12 runs. Fields are paths in the config; `python -m effarch.sweep` runs them.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Runs = list[dict[str, Any]]
+Part = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
+"""Field -> values, which stands for one run a combination of values; or a list of runs."""
+
+
+def product(*parts: Part) -> Runs:
+    """Every combination of the parts; the last one changes fastest."""
+    runs = []
+    for combination in itertools.product(*map(_runs, parts)):
+        run: dict[str, Any] = {}
+        for overrides in combination:
+            twice = sorted(run.keys() & overrides.keys())
+            if twice:
+                raise ValueError(
+                    f"get_sweep(): {twice[0]} is set by two parts of a product; set it in one."
+                )
+            run |= overrides
+        runs.append(run)
+    return runs
+
+
+def together(values: Mapping[str, Iterable[Any]]) -> Runs:
+    """Run i takes the i-th value of every field."""
+    columns = {field: list(column) for field, column in values.items()}
+    lengths = {field: len(column) for field, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"get_sweep(): together() needs equally many values, it has {lengths}.")
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def chain(*parts: Part) -> Runs:
+    """The runs of one part after those of another."""
+    return [run for part in parts for run in _runs(part)]
+
+
+def _runs(part: Part) -> Runs:
+    if isinstance(part, Mapping):
+        for field, values in part.items():
+            if isinstance(values, str) or not isinstance(values, Iterable):
+                raise ValueError(
+                    f"get_sweep(): {field}={values!r} must be a list of values; write [{values!r}]."
+                )
+        return [dict(zip(part, row)) for row in itertools.product(*part.values())]
+    return [dict(run) for run in part]

@@ -1,0 +1,1 @@
+"""What the chunked forms of recurrences share: rows cut into chunks, documents, decays."""

@@ -1,0 +1,1 @@
+"""Rows times the matrix of their group: the product of mixture-of-experts layers."""

@@ -1,0 +1,1 @@
+"""Block-diagonal Hadamard transforms, which spread outliers over their block."""

@@ -1,0 +1,21 @@
+"""The Hadamard transform by its recursion: sums and differences of halves."""
+
+import math
+
+import jax.numpy as jnp
+
+
+def hadamard(x, block_size, axis, signs):
+    """See `api.hadamard`."""
+    moved = jnp.moveaxis(x, axis, -1)
+    blocks = moved.reshape(-1, block_size)
+    blocks = blocks if signs is None else blocks * signs
+    y = _butterfly(blocks) / math.sqrt(block_size)
+    return jnp.moveaxis(y.reshape(moved.shape), -1, axis)
+
+
+def _butterfly(x):
+    if x.shape[-1] == 1:
+        return x
+    low, high = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([_butterfly(low + high), _butterfly(low - high)], axis=-1)

@@ -1,0 +1,1 @@
+"""Rounding arrays to small number formats with shared scales."""

@@ -1,0 +1,119 @@
+"""Run by test_eight_devices.py in a process of its own: one model on one device and on meshes of eight.
+
+Prints a JSON line a mesh: how far the first loss, every gradient of the first step and the losses of four
+steps are from those of one device.
+"""
+
+import json
+import sys
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import numpy as np
+import optax
+
+from effarch import config
+from effarch.models import parameters
+from effarch.parallel import mesh, sharding
+from effarch.training import guard, state, step
+
+LAYERS = {
+    "transformer": "attention/glu",
+    "hybrid": "gated_delta_net/glu + attention/glu",
+}
+VOCAB, ROWS, LENGTH, STEPS = 64, 8, 64, 4
+RATE = 0.5
+
+
+def model_config(name):
+    c = config.default()
+    c.model.layers, c.model.depth, c.model.width = LAYERS[name], 2, 64
+    c.model.blocks.attention.update(num_heads=8, head_dim=8, qk_norm=True)
+    c.model.blocks.gated_delta_net.update(num_heads=8, head_dim=8, expand_v=1.0, chunk_size=16)
+    c.model.blocks.glu.hidden = 64
+    c.model.z_loss = 1e-3
+    c.model.init_std = 0.1  # so that every part matters
+    c.model.scan = "always"
+    return c.model
+
+
+def batches():
+    draw = np.random.default_rng(0)
+    for _ in range(STEPS):
+        tokens = draw.integers(0, VOCAB, (ROWS, LENGTH + 1), np.int32)
+        starts = draw.random((ROWS, LENGTH)) < 0.05
+        starts[:, 0] = True
+        place = np.arange(LENGTH, dtype=np.int32)
+        yield {
+            "inputs": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32),
+            "positions": place - np.maximum.accumulate(np.where(starts, place, 0), axis=1),
+            "loss_weights": (draw.random((ROWS, LENGTH)) < 0.9).astype(np.float32),
+        }
+
+
+# The trace without memory holds the gradient itself, sharded as the parameter is.
+TX = guard.guard(optax.chain(optax.trace(0.0), optax.scale(-RATE)), spike_factor=0.0)
+
+
+def start(model):
+    """The state before the first step, on one device: what is compared is the step."""
+    return jax.jit(lambda key: state.initial(model, vocab_size=VOCAB, seed=key, tx=TX))(
+        jax.random.key(0)
+    )
+
+
+def train(model, values, shape):
+    """Losses of the steps and the gradients of the first one, from plain gradient descent."""
+    devices = jax.devices()[: int(np.prod([*shape.values()]))]
+    layout = sharding.Layout(mesh.make({**dict.fromkeys(mesh.AXES, 1), **shape}, devices))
+    plan = state.blueprint(model, vocab_size=VOCAB)
+    places = state.shardings(values, plan, layout)
+    values = jax.device_put(values, places)
+    one_step = jax.jit(
+        step.train_step(plan, TX, lambda count: RATE, accumulate=1, layout=layout),
+        in_shardings=(places, layout.sharding(step.BATCH_AXES), None),
+        out_shardings=(places, layout.sharding(())),
+    )
+    losses, gradients = [], None
+    for batch in batches():
+        values, metrics = one_step(values, batch, jax.random.key(1))
+        losses.append(float(metrics["loss"]))
+        if gradients is None:
+            gradients = jax.device_get(values.opt_state)
+    return losses, gradients
+
+
+def compare(one, other):
+    flat = dict(jax.tree_util.tree_leaves_with_path(one[1]))
+    errors = {
+        parameters.path_of(path): float(
+            np.linalg.norm(leaf - flat[path]) / max(np.linalg.norm(flat[path]), 1e-12)
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(other[1])
+        if leaf.ndim
+    }
+    worst = max(errors, key=errors.get)
+    return {
+        "first_loss": abs(other[0][0] - one[0][0]) / one[0][0],
+        "losses": max(abs(a - b) for a, b in zip(one[0], other[0])),
+        "gradient": errors[worst],
+        "worst": worst,
+        "leaves": len(errors),
+        "fall": one[0][0] - one[0][-1],
+    }
+
+
+if __name__ == "__main__":
+    name, *meshes = sys.argv[1:]
+    model = model_config(name)
+    values = start(model)
+    single = train(model, values, {})
+    for text in meshes:
+        shape = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+        print(
+            json.dumps({"mesh": text, **compare(single, train(model, values, shape))}), flush=True
+        )

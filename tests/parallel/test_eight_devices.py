@@ -1,0 +1,67 @@
+"""One device against eight emulated ones: first loss, every gradient, four steps, in float32."""
+
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from effarch.parallel import mesh, partitioner
+
+SCRIPT = pathlib.Path(__file__).parent / "eight_devices.py"
+ALONE = tuple(f"{axis}=8" for axis in mesh.AXES)
+PAIRS = tuple(f"{a}=2,{b}=4" for a, b in itertools.combinations(mesh.AXES, 2))
+
+
+def compare(model: str, meshes: tuple[str, ...]) -> list[dict]:
+    """A line a mesh, from two processes that share the meshes out."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), model, *part],
+            env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in (meshes[::2], meshes[1::2])
+    ]
+    found = []
+    for process in processes:
+        stdout, stderr = process.communicate()
+        assert process.returncode == 0, stderr[-3000:]
+        assert partitioner.REMATERIALIZATION not in stderr
+        found += [json.loads(line) for line in stdout.splitlines()]
+    assert {line["mesh"] for line in found} == set(meshes)
+    return found
+
+
+def check(found: list[dict]) -> None:
+    for line in found:
+        print(line)
+        assert line["fall"] > 0.05, line  # the model learns, so the steps mean something
+        assert line["leaves"] > 10, line
+        assert line["first_loss"] < 1e-5, line
+        assert line["gradient"] < 1e-5, line
+        assert line["losses"] < 1e-4, line
+
+
+@pytest.mark.multiprocess
+def test_a_hybrid_on_every_axis():
+    check(compare("hybrid", ALONE))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_transformer_on_every_axis():
+    check(compare("transformer", ALONE))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["transformer", "hybrid"])
+def test_every_pair_of_axes(model):
+    check(compare(model, PAIRS))

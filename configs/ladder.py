@@ -75,7 +75,9 @@ def shape(size: float, layers: str) -> tuple[int, int]:
     hybrid's period.
     """
     widths, depths = range(HEAD_DIM, 4097, HEAD_DIM), (4, 8, 12, 16, 20, 24, 32)
-    fitting = [(w, d) for w in widths for d in depths if 16 <= w / d <= 64 or (w, d) == (HEAD_DIM, 4)]
+    fitting = [
+        (w, d) for w in widths for d in depths if 16 <= w / d <= 64 or (w, d) == (HEAD_DIM, 4)
+    ]
     return min(fitting, key=lambda s: (abs(math.log(params(*s, layers) / size)), s))
 
 

@@ -18,7 +18,7 @@ MACHINES = {
 
 
 def place(c: ConfigDict, machine: str) -> None:
-    """Sets mesh, batch, micro-batches, steps and remat of `c` for a machine of the table; "" leaves it."""
+    """Sets mesh, batch, micro-batches, steps and remat of `c` for a machine; "" leaves it."""
     if not machine:
         return
     shape, rows, rows_at_once = names.lookup(MACHINES, machine, "on")

@@ -29,7 +29,7 @@ def get_config(arg=""):
     c.optimizer.learning_rate = 4e-3
     c.optimizer.schedule.final_fraction = 0.0
     c.optimizer.schedule.warmup_steps = 20
-    c.train.num_steps = 440
-    c.eval.every_steps = c.checkpoint.every_steps = 110
+    c.train.num_steps = 300
+    c.eval.every_steps = c.checkpoint.every_steps = 100
     c.eval.max_batches = 20
     return c

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from effarch import names
-from effarch.models import ffns, mixers, registry
+from effarch.models import ffns, layer_language, mixers, registry
 from effarch.quantization import recipes, rules
 from effarch.training import optimizers
 
@@ -117,7 +117,7 @@ def _default_quantization() -> ConfigDict:
 
 def _default_optimizer() -> ConfigDict:
     o = ConfigDict()
-    o.kind = "adamw"  # adamw, muon
+    o.kind = "adamw"  # adamw, muon, coat, adam8bit
     o.learning_rate = 1e-3  # peak
     o.schedule = ConfigDict()
     o.schedule.kind = "cosine"  # cosine, wsd, constant
@@ -186,7 +186,15 @@ def freeze(config: ConfigDict) -> FrozenConfigDict:
 
 
 def _identity(config) -> dict:
-    return {name: part for name, part in _plain(config).items() if name not in IDENTITY_FREE}
+    """The fields that count: no section that does not change the run, no options of kinds not in use."""
+    fields = {name: part for name, part in _plain(config).items() if name not in IDENTITY_FREE}
+    model, optimizer = fields["model"], fields["optimizer"]
+    layers = layer_language.layers(model["layers"], model["depth"])
+    used = {name for layer in layers for name in (layer.mixer, layer.ffn)}
+    model["blocks"] = {name: part for name, part in model["blocks"].items() if name in used}
+    for kind in set(optimizers.KINDS) - {optimizer["kind"]}:
+        optimizer.pop(kind, None)
+    return fields
 
 
 def _plain(config) -> dict:

@@ -41,6 +41,16 @@ def test_default_holds_a_section_for_every_kind():
         blocks.attention.window = "wide"
 
 
+def test_fingerprint_counts_only_blocks_and_optimizers_in_use():
+    base = config.default()
+    unused = config.default()
+    del unused.model.blocks["gated_delta_net"]
+    unused.optimizer.muon.momentum = 0.5
+    assert config.fingerprint(unused) == config.fingerprint(base)
+    unused.model.blocks.attention.qk_norm = True
+    assert config.differences(base, unused) == [("model.blocks.attention.qk_norm", False, True)]
+
+
 def test_fingerprint_ignores_what_does_not_change_the_result():
     base = config.default()
     for field, value in (("log.every_steps", 3), ("checkpoint.keep", 7), ("mesh.data", 2)):

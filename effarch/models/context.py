@@ -32,7 +32,7 @@ class Context:
         return x if self.layout is None else self.layout.constrain(x, logical)
 
     def local(self, function, arrays, inputs, outputs):
-        """`function(*arrays)` on each device's own pieces (`Layout.local`); outside a mesh a plain call."""
+        """`function(*arrays)` on each device's own pieces (`Layout.local`); plain without mesh."""
         if self.layout is None or self.layout.mesh.size == 1:
             return function(*arrays)
         return self.layout.local(function, arrays, inputs, outputs)

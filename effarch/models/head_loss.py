@@ -1,4 +1,4 @@
-"""The loss of the output head on a mesh: every device takes its share of the tokens and all of the words.
+"""The loss of the output head on a mesh: every device takes its share of tokens and all of the words.
 
 The head is gathered once and its gradient summed once a step, not once for every chunk of logits; the
 stream is read where it lies.

@@ -49,10 +49,15 @@ class Sweep:
             with self.shown:
                 self.shown.start(finished=len(self.runs) - len(self._waiting))
                 self._adopt()
+                told_to_stop = False
                 while self._active or (self._waiting and self._signal is None):
                     self._settle()
                     if self._signal is None:
                         self._start()
+                    elif not told_to_stop:
+                        told_to_stop = True
+                        for _, job, _ in self._active.values():
+                            job.stop()
                     self.shown.update(set(self._active))
                     time.sleep(self.poll_seconds)
         finally:
@@ -67,8 +72,6 @@ class Sweep:
         if self._signal is not None:
             raise SystemExit(INTERRUPTED[number])
         self._signal = number
-        for _, job, _ in self._active.values():
-            job.stop()
 
     def _adopt(self) -> None:
         """Takes over the cluster's jobs of a sweep that was killed."""

@@ -53,6 +53,7 @@ class Setup:
         mesh = [f"{axis} {size}" for axis, size in self.layout.mesh.shape.items() if size > 1]
         hosts = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         length = formatting.count(config.train.num_steps * self.tokens_per_step)
+        whole = self.left_whole()
         return {
             "model": f"{config.model.depth} layers of width {config.model.width}: "
             f"{config.model.layers}",
@@ -65,10 +66,11 @@ class Setup:
             "optimizer": f"{config.optimizer.kind}, {config.optimizer.schedule.kind}, "
             f"peak {config.optimizer.learning_rate:g}",
             "devices": " ".join([f"{len(devices)} x {devices[0].device_kind}{hosts}", *mesh]),
+            **({"not split": whole} if whole else {}),
         }
 
     def left_whole(self) -> str:
-        """The large arrays that a mesh with pieces of parameters does not cut up; "" if there are none."""
+        """The large arrays that a mesh with pieces of parameters leaves whole; "" if there are none."""
         shape = self.layout.mesh.shape
         if all(shape[axis] == 1 for axis in ("fsdp", "expert", "tensor")):
             return ""

@@ -83,8 +83,9 @@ def shardings(abstract: TrainState, plan: Blueprint, layout: sharding.Layout) ->
     replicated = NamedSharding(layout.mesh, PartitionSpec())
 
     def of_optimizer(key_path, leaf):
-        info = state_paths.match_parameter(parameters.path_of(key_path), leaf.shape, by_path)
-        return replicated if info is None else layout.sharding(info.logical)
+        path = parameters.path_of(key_path)
+        logical = state_paths.logical_axes(path, leaf.shape, by_path)
+        return replicated if logical is None else layout.sharding(logical)
 
     return TrainState(
         step=replicated,

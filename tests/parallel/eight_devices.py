@@ -1,16 +1,18 @@
 """Run by test_eight_devices.py in a process of its own: one model on one device and on meshes of eight.
 
-Prints a JSON line a mesh: how far the first loss, every gradient of the first step and the losses of four
-steps are from those of one device.
+Prints a JSON line a mesh: how far the first loss, every gradient of the first step and the losses of
+four steps are from those of one device.
 """
 
 import json
+import os
 import sys
 
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
+
 import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
-
 import numpy as np
 import optax
 

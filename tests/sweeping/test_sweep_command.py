@@ -186,6 +186,8 @@ def test_stop_failures_and_a_second_sweep(config_file, tmp_path):
     assert failures[0].read_text().startswith("exit code 2\n")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_dry_run_and_mistakes(config_file, tmp_path):
     root = tmp_path / "sweep"
     code, stdout, stderr = finish(config_file, root, "--dry_run")

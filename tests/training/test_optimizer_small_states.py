@@ -11,7 +11,7 @@ import pytest
 
 from effarch.models import parameters
 from effarch.training import optimizers
-from effarch.training.optimizers import adam8bit, coat
+from effarch.training.optimizers import adam8bit, coat, state_paths
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -147,3 +147,24 @@ def test_small_states_train_as_float32_ones_do_in_fewer_bytes():
 
 def _bytes(state):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def test_stored_moments_lie_where_their_parameter_does():
+    """Codes like the parameter; what groups share like its other dimensions."""
+    by_path = state_paths.by_path(infos())
+    tx = optimizers.build("coat", schedule=1e-3, clip_norm=0, infos=infos())
+    params = nested(
+        {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()}
+    )
+    found = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params)):
+        path = parameters.path_of(key_path)
+        found[path] = state_paths.logical_axes(path, leaf.shape, by_path)
+
+    def of(ending):
+        return {axes for path, axes in found.items() if path.endswith(ending)}
+
+    assert of("codes/layers/0/ffn/up/kernel") == {("layers", "embed", "ffn")}
+    assert of("shared/layers/0/ffn/up/kernel") == {("layers", "embed", None, None)}
+    assert of("shared/norm") == {(None, None)}
+    assert of("count") == {None}

@@ -34,6 +34,11 @@ RULES = (
 )
 
 
+SMALL = ("adam8bit", "coat")  # of small states: test_optimizer_small_states.py
+FLOAT32 = [kind for kind in optimizers.KINDS if kind not in SMALL]
+ALL = [*FLOAT32, *(pytest.param(kind, marks=[pytest.mark.slow, pytest.mark.ci]) for kind in SMALL)]
+
+
 def nested(flat):
     tree = {}
     for path, leaf in flat.items():
@@ -252,7 +257,7 @@ def test_rules_scale_the_step_and_its_decay_as_the_formula_says():
         np.testing.assert_allclose(after, expected, rtol=2e-6, atol=1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("kind", optimizers.KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_scanned_and_unscanned_models_get_the_same_updates(kind):
     after = {
         layout: by_public_path(layout, run(build(kind, layout, RULES, clip_norm=1.0), layout))
@@ -306,7 +311,7 @@ def test_frozen_gradients_do_not_count_in_the_clip():
         np.testing.assert_array_equal(step, flat(steps[1e6])[path], err_msg=path)
 
 
-@pytest.mark.parametrize("kind", optimizers.KINDS)
+@pytest.mark.parametrize("kind", FLOAT32)
 def test_moments_are_float32_for_bfloat16_parameters(kind):
     optimizer = build(kind)
     half = jax.tree.map(jnp.bfloat16, random_arrays("scanned", seed=0))
@@ -357,7 +362,7 @@ def test_muon_on_stacked_arrays_is_muon_on_each_layer_and_expert(nesterov):
 # State.
 
 
-@pytest.mark.parametrize("kind", optimizers.KINDS)
+@pytest.mark.parametrize("kind", FLOAT32)
 @pytest.mark.parametrize("rules", [(), RULES])
 def test_every_array_of_the_state_finds_its_parameter(kind, rules):
     infos = state_paths.by_path(describe("scanned"))
@@ -376,7 +381,7 @@ def test_every_array_of_the_state_finds_its_parameter(kind, rules):
     assert matched == infos.keys() - frozen
 
 
-@pytest.mark.parametrize("kind", optimizers.KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_the_update_runs_donated_and_without_host_transfers(kind):
     optimizer = build(kind, rules=RULES, clip_norm=1.0)
 

@@ -40,26 +40,43 @@ class Memory(nnx.Module):
         """`kernels.gated_delta_rule` and the next cache (None without a cache)."""
         fade = self._fade(g, v, ctx)
         new_v = v if fade is None else v - self._recall(k, fade.tokens).astype(v.dtype)
-        return self._run(
-            lambda **options: delta_rule.gated_delta_rule(q, k, new_v, beta, g, **options),
-            *(q, fade, None, ctx, cache),
-        )
+
+        def kernel(q, k, v, g, beta, **options):
+            return delta_rule.gated_delta_rule(q, k, v, beta, g, **options)
+
+        return self._run(kernel, (q, k, new_v, g, beta), fade, None, ctx, cache)
 
     def linear_attention(self, q, k, v, g, ctx: Context, cache: dict | None, scale=None):
         """`kernels.linear_attention` and the next cache (None without a cache)."""
-        return self._run(
-            lambda **options: linear_attention.linear_attention(q, k, v, g, **options),
-            *(q, self._fade(g, v, ctx), scale, ctx, cache),
-        )
+        fade = self._fade(g, v, ctx)
+        return self._run(linear_attention.linear_attention, (q, k, v, g), fade, scale, ctx, cache)
 
-    def _run(self, kernel, q, fade, scale, ctx: Context, cache: dict | None):
+    def _run(self, kernel, arrays, fade, scale, ctx: Context, cache: dict | None):
+        """Every device has its rows and heads, and the whole of their time."""
+        q, _, _, g, *per_token = arrays
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        o, state = kernel(
-            scale=scale,
-            initial_state=self.start.initial_state(q.shape[0], cache),
-            segment_ids=ctx.segment_ids,
-            chunk_size=self.chunk_size,
-            backend=self.backend,
+
+        def on_pieces(initial_state, segment_ids, *arrays):
+            return kernel(
+                *arrays,
+                scale=scale,
+                initial_state=initial_state,
+                segment_ids=segment_ids,
+                chunk_size=self.chunk_size,
+                backend=self.backend,
+            )
+
+        tokens = ("batch", None, "heads", None)
+        keys = tokens if q.shape[2] > 1 else ("batch", None, None, None)
+        decay = (
+            ("heads",) if g is not None and g.ndim == 1 else tokens[: 4 if g is None else g.ndim]
+        )
+        state = ("batch", "heads", None, None)
+        o, state = ctx.local(
+            on_pieces,
+            (self.start.initial_state(q.shape[0], cache), ctx.segment_ids, *arrays),
+            (state, ("batch", None), keys, keys, tokens, decay, *(tokens[:3] for _ in per_token)),
+            (tokens, state),
         )
         if fade is not None:
             o += (scale * self._recall(q, fade.tokens)).astype(o.dtype)

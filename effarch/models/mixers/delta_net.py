@@ -42,14 +42,14 @@ class DeltaNet(nnx.Module):
         self.use_gate, self.beta_scale = use_gate, 2.0 if allow_neg_eigval else 1.0
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         inner, columns = num_heads * head_dim, ("embed", "heads")
-        self.q = linear.Linear(width, inner, axes=columns, **shared)
-        self.k = linear.Linear(width, inner, axes=columns, **shared)
-        self.v = linear.Linear(width, inner, axes=columns, **shared)
+        self.q = linear.Linear(width, inner, axes=columns, head_dim=head_dim, **shared)
+        self.k = linear.Linear(width, inner, axes=columns, head_dim=head_dim, **shared)
+        self.v = linear.Linear(width, inner, axes=columns, head_dim=head_dim, **shared)
         self.beta = linear.Linear(width, num_heads, axes=columns, **shared)
-        self.out = linear.Linear(inner, width, axes=("heads", "embed"), **shared)
+        self.out = linear.Linear(inner, width, axes=("heads", "embed"), head_dim=head_dim, **shared)
         self.out_norm = norm.RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype)
         if use_gate:
-            self.gate = linear.Linear(width, inner, axes=columns, **shared)
+            self.gate = linear.Linear(width, inner, axes=columns, head_dim=head_dim, **shared)
         sizes = {"q": inner, "k": inner, "v": inner}
         self.conv = short_convs.ShortConvs(sizes, conv_size, **shared)
         self.memory = memory.Memory(

@@ -53,16 +53,18 @@ class GatedDeltaNet(nnx.Module):
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         keys, values = num_heads * self.k_dim, num_v_heads * self.v_dim
         columns = ("embed", "heads")
-        self.q = linear.Linear(width, keys, axes=columns, **shared)
-        self.k = linear.Linear(width, keys, axes=columns, **shared)
-        self.v = linear.Linear(width, values, axes=columns, **shared)
+        self.q = linear.Linear(width, keys, axes=columns, head_dim=self.k_dim, **shared)
+        self.k = linear.Linear(width, keys, axes=columns, head_dim=self.k_dim, **shared)
+        self.v = linear.Linear(width, values, axes=columns, head_dim=self.v_dim, **shared)
         self.decay = linear.Linear(width, num_v_heads, axes=columns, **shared)
         self.beta = linear.Linear(width, num_v_heads, axes=columns, **shared)
-        self.out = linear.Linear(values, width, axes=("heads", "embed"), **shared)
+        self.out = linear.Linear(
+            values, width, axes=("heads", "embed"), head_dim=self.v_dim, **shared
+        )
         self.rate = decay.DecayRate(num_v_heads, rngs=rngs)
         self.out_norm = norm.RMSNorm(self.v_dim, eps=norm_eps, param_dtype=param_dtype)
         if use_gate:
-            self.gate = linear.Linear(width, values, axes=columns, **shared)
+            self.gate = linear.Linear(width, values, axes=columns, head_dim=self.v_dim, **shared)
         sizes = {"q": keys, "k": keys, "v": values}
         self.conv = short_convs.ShortConvs(sizes, conv_size, **shared)
         self.memory = memory.Memory(

@@ -40,10 +40,10 @@ class HGRN2(nnx.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         inner, columns = num_heads * head_dim, ("embed", "heads")
-        self.q = linear.Linear(width, inner, axes=columns, **shared)
-        self.forget = linear.Linear(width, inner, axes=columns, **shared)
-        self.input = linear.Linear(width, inner, axes=columns, **shared)
-        self.out = linear.Linear(inner, width, axes=("heads", "embed"), **shared)
+        self.q = linear.Linear(width, inner, axes=columns, head_dim=head_dim, **shared)
+        self.forget = linear.Linear(width, inner, axes=columns, head_dim=head_dim, **shared)
+        self.input = linear.Linear(width, inner, axes=columns, head_dim=head_dim, **shared)
+        self.out = linear.Linear(inner, width, axes=("heads", "embed"), head_dim=head_dim, **shared)
         self.forget_gate = forget_gate.ForgetGate(inner, lower_bound=lower_bound)
         self.out_norm = norm.RMSNorm(inner, eps=norm_eps, param_dtype=param_dtype)
         self.memory = memory.Memory(

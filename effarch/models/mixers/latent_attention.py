@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from effarch.kernels.attention import api as attention
 from effarch.models.context import Context
-from effarch.models.layers import heads, kv_cache, linear, norm, rotary
+from effarch.models.layers import attend, heads, kv_cache, linear, norm, rotary
 
 
 class LatentAttention(nnx.Module):
@@ -57,16 +57,18 @@ class LatentAttention(nnx.Module):
             self.q_down = linear.Linear(width, q_latent_dim, axes=("embed", "latent"), **shared)
             self.q_norm = norm.RMSNorm(q_latent_dim, eps=norm_eps, param_dtype=param_dtype)
             self.q = linear.Linear(
-                q_latent_dim, num_heads * k_dim, axes=("latent", "heads"), **shared
+                q_latent_dim, num_heads * k_dim, axes=("latent", "heads"), head_dim=k_dim, **shared
             )
         else:
-            self.q = linear.Linear(width, num_heads * k_dim, axes=columns, **shared)
+            self.q = linear.Linear(width, num_heads * k_dim, axes=columns, head_dim=k_dim, **shared)
         self.down = linear.Linear(width, latent_dim + rope_dim, axes=("embed", "latent"), **shared)
         self.latent_norm = norm.RMSNorm(latent_dim, eps=norm_eps, param_dtype=param_dtype)
+        up_dim = nope_dim + v_dim
         self.up = linear.Linear(
-            latent_dim, num_heads * (nope_dim + v_dim), axes=("latent", "heads"), **shared
+            latent_dim, num_heads * up_dim, axes=("latent", "heads"), head_dim=up_dim, **shared
         )
-        self.out = linear.Linear(num_heads * v_dim, width, axes=("heads", "embed"), **shared)
+        rows = dict(axes=("heads", "embed"), head_dim=v_dim)
+        self.out = linear.Linear(num_heads * v_dim, width, **rows, **shared)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], ctx: Context, cache: dict | None = None):
         """Returns (y [B,T,D], cache, aux)."""
@@ -95,7 +97,7 @@ class LatentAttention(nnx.Module):
         )
         k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], self.rope_dim))
         k = jnp.concatenate([k_nope, k_rope], axis=-1)
-        return attention.attention(q, k, v, segment_ids=ctx.segment_ids, backend=self.backend)
+        return attend.attend(q, k, v, ctx, backend=self.backend)
 
     def _attend_cached(self, q_nope, q_rope, new, cache) -> Float[Array, "B T H V"]:
         """One key head for all queries: [c, rotary part]; its value is c."""

@@ -48,11 +48,11 @@ class RetNet(nnx.Module):
         self.rope_theta = rope_theta
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         keys, values, columns = num_heads * k_dim, num_heads * v_dim, ("embed", "heads")
-        self.q = linear.Linear(width, keys, axes=columns, **shared)
-        self.k = linear.Linear(width, keys, axes=columns, **shared)
-        self.v = linear.Linear(width, values, axes=columns, **shared)
-        self.gate = linear.Linear(width, values, axes=columns, **shared)
-        self.out = linear.Linear(values, width, axes=("heads", "embed"), **shared)
+        self.q = linear.Linear(width, keys, axes=columns, head_dim=k_dim, **shared)
+        self.k = linear.Linear(width, keys, axes=columns, head_dim=k_dim, **shared)
+        self.v = linear.Linear(width, values, axes=columns, head_dim=v_dim, **shared)
+        self.gate = linear.Linear(width, values, axes=columns, head_dim=v_dim, **shared)
+        self.out = linear.Linear(values, width, axes=("heads", "embed"), head_dim=v_dim, **shared)
         self.out_norm = norm.RMSNorm(v_dim, eps=norm_eps, param_dtype=param_dtype)
         self.memory = memory.Memory(
             *(num_heads, k_dim, v_dim),

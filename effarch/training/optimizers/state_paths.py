@@ -27,9 +27,32 @@ def match_parameter(
 
     None for counters, and for state in another shape than its parameter's.
     """
-    levels = opt_state_leaf_path.split("/")
-    for start in range(len(levels)):
-        info = infos_by_path.get("/".join(levels[start:]))
-        if info is not None:
-            return info if tuple(info.shape) == tuple(leaf_shape) else None
+    info = _owner(opt_state_leaf_path, infos_by_path)
+    return info if info is not None and tuple(info.shape) == tuple(leaf_shape) else None
+
+
+def logical_axes(
+    opt_state_leaf_path: str,
+    leaf_shape: Sequence[int],
+    infos_by_path: Mapping[str, parameters.ParamInfo],
+) -> tuple[str | None, ...] | None:
+    """The logical axes of a leaf: its parameter's, if it has one.
+
+    What groups along the last dimension share, [..., groups, n], has those of the other dimensions. None
+    for other shapes and for counters.
+    """
+    info = _owner(opt_state_leaf_path, infos_by_path)
+    if info is None:
+        return None
+    if tuple(info.shape) == tuple(leaf_shape):
+        return info.logical
+    if len(leaf_shape) == len(info.shape) + 1 and info.shape[:-1] == tuple(leaf_shape[:-2]):
+        return (*info.logical[:-1], None, None)
     return None
+
+
+def _owner(path: str, infos_by_path) -> parameters.ParamInfo | None:
+    """The parameter whose path is the longest suffix of `path`."""
+    levels = path.split("/")
+    suffixes = ("/".join(levels[start:]) for start in range(len(levels)))
+    return next((infos_by_path[name] for name in suffixes if name in infos_by_path), None)

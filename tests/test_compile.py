@@ -245,8 +245,11 @@ def compiled_report(*arguments):
     return json.loads(done.stdout)
 
 
-SMALL = (
-    "--config.model.width=256",
+SMALL = (  # shards of whole tiles: the compiler pads smaller ones
+    "--config.model.width=2048",
+    "--config.model.blocks.attention.num_heads=16",
+    "--config.model.blocks.gated_delta_net.num_heads=8",
+    "--config.model.blocks.gated_delta_net.head_dim=128",
     "--config.data.seq_len=256",
     "--config.data.batch_size=64",
     "--config.data.tokenizer=bpe:4096",

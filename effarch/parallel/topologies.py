@@ -167,7 +167,7 @@ def devices(target: Target) -> list[jax.Device]:
         return topologies.get_topology_desc(name, platform, **options).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise ValueError(
-            f"--target={target}: the compiler has no such topology ({error}); see --list_targets."
+            f"--target={target}: the compiler does not give this topology ({error}); see --list_targets."
         ) from error
 
 

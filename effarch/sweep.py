@@ -3,7 +3,7 @@
 Usage: python -m effarch.sweep --config=CONFIG[:SWITCHES] [--config.FIELD=VALUE ...] [--dry_run]
 
 Examples:
-  python -m effarch.sweep --config=configs/ladder.py:budget=1e13 --dry_run
+  python -m effarch.sweep --config=configs/ladder.py:budgets=1e13 --dry_run
   python -m effarch.sweep --config=my_sweep.py --parallel=2
   python -m effarch.sweep --config=my_sweep.py --launcher=slurm --gpus=1 \\
       --launcher_options=partition=gpu,time=240,cpus_per_task=8

@@ -44,9 +44,10 @@ def main() -> int:
             return 0
         # Imported here: --help and a mistyped flag are answered before JAX is loaded.
         from effarch.parallel import multihost
-        from effarch.training import checkpoints, loop, run_folder, setup
+        from effarch.training import checkpoints, freed_memory, loop, run_folder, setup
 
         multihost.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        freed_memory.keep()
         plan = setup.prepare(config)
         folder = pathlib.Path(FLAGS.workdir or pathlib.Path("runs") / plan.name)
         multihost.on_first(

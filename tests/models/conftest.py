@@ -95,7 +95,7 @@ def _make(name: str) -> MixerUnderTest:
     return MixerUnderTest(name, (PLAIN | MORE)[name])
 
 
-_MARKS = [pytest.mark.slow, pytest.mark.ci]
+_MARKS = [pytest.mark.slow]
 
 
 @pytest.fixture(params=[*PLAIN, *(pytest.param(name, marks=_MARKS) for name in MORE)])

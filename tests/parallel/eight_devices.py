@@ -24,6 +24,9 @@ from effarch.training import guard, state, step
 LAYERS = {
     "transformer": "attention/glu",
     "hybrid": "gated_delta_net/glu + attention/glu",
+    "gates": "kda/none + mamba2/none",
+    "decays": "retnet/none + gla/none + latent_attention/none",
+    "channels": "hgrn/none + hgrn2/none + delta_net/none",
 }
 VOCAB, ROWS, LENGTH, STEPS = 64, 8, 64, 4
 RATE = 0.5
@@ -31,10 +34,19 @@ RATE = 0.5
 
 def model_config(name):
     c = config.default()
-    c.model.layers, c.model.depth, c.model.width = LAYERS[name], 2, 64
+    c.model.layers, c.model.depth, c.model.width = LAYERS[name], LAYERS[name].count("+") + 1, 64
     c.model.blocks.attention.update(num_heads=8, head_dim=8, qk_norm=True)
     c.model.blocks.gated_delta_net.update(num_heads=8, head_dim=8, expand_v=1.0, chunk_size=16)
     c.model.blocks.glu.hidden = 64
+    c.model.blocks.kda.update(num_heads=8, head_dim=8, chunk_size=16)
+    c.model.blocks.mamba2.update(head_dim=16, state_dim=8, chunk_size=16)
+    for kind in ("retnet", "gla"):
+        c.model.blocks[kind].update(num_heads=8, chunk_size=16)
+    for kind in ("hgrn2", "delta_net"):
+        c.model.blocks[kind].update(head_dim=8, chunk_size=16)
+    c.model.blocks.latent_attention.update(
+        num_heads=8, latent_dim=16, nope_dim=8, rope_dim=4, v_dim=8
+    )
     c.model.z_loss = 1e-3
     c.model.init_std = 0.1  # so that every part matters
     c.model.scan = "always"

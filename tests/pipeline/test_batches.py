@@ -93,7 +93,7 @@ def test_hosts_together_draw_the_batch_of_one(mixed, hosts):
         for _ in range(hosts)
     ]
     share = 8 // hosts
-    for step in (0, 1, 37):
+    for step in range(200):
         rows = [part.rows(step, h * share, (h + 1) * share) for h, part in enumerate(parts)]
         for name, array in whole(step).items():
             assert np.concatenate([row[name] for row in rows]).tobytes() == array.tobytes()

@@ -91,6 +91,26 @@ def test_experts_have_one_quantizer_and_the_router_none():
         quantized_paths(model, section("fp8_delayed"))
 
 
+def test_the_products_of_latent_experts_are_rounded():
+    model = model_config("attention/mole", depth=1)
+    model.blocks.mole.update(num_experts=4, top_k=2, hidden=32, group_size=2, latent=32)
+    quantization = section("none", "layers/*/ffn/experts mxfp4")
+    outputs = []
+    for options in (None, quantization):
+        built = build.model(model, vocab_size=VOCAB, rngs=nnx.Rngs(0), quantization=options)
+        ffn = nnx.merge(*_first_layer(built.layers["0"])).ffn
+        outputs.append(
+            nnx.jit(lambda ffn, x: ffn(x, Context())[0])(ffn, jax.random.normal(KEY, (1, 32, 32)))
+        )
+    difference = jnp.linalg.norm(outputs[1] - outputs[0]) / jnp.linalg.norm(outputs[0])
+    assert 0.01 < difference < 0.5  # four bits
+
+
+def _first_layer(block):
+    graphdef, state = nnx.split(block)
+    return graphdef, jax.tree.map(lambda x: x[0], nnx.to_pure_dict(state))
+
+
 @pytest.mark.parametrize(
     ("quantization", "words"),
     [

@@ -9,6 +9,8 @@ same recurrence with other values:
     linear attention   v'_t = v_t                             o_t = o'_t + S_0^T (c_t scale q_t)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +19,7 @@ from jaxtyping import Array, Float
 from effarch.kernels.delta_rule import api as delta_rule
 from effarch.kernels.linear_attention import api as linear_attention
 from effarch.models.context import Context
-from effarch.models.layers import learned_start
+from effarch.models.layers import learned_start, time_pieces
 
 
 class Memory(nnx.Module):
@@ -52,22 +54,21 @@ class Memory(nnx.Module):
         return self._run(linear_attention.linear_attention, (q, k, v, g), fade, scale, ctx, cache)
 
     def _run(self, kernel, arrays, fade, scale, ctx: Context, cache: dict | None):
-        """Every device has its rows and heads, and the whole of their time."""
+        """Every device has its rows and heads, and where time is cut a piece of it."""
         q, _, _, g, *per_token = arrays
         scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-        def on_pieces(initial_state, segment_ids, *arrays):
-            return kernel(
-                *arrays,
-                scale=scale,
-                initial_state=initial_state,
-                segment_ids=segment_ids,
-                chunk_size=self.chunk_size,
-                backend=self.backend,
-            )
+        options = dict(scale=scale, chunk_size=self.chunk_size, backend=self.backend)
+        kernel = functools.partial(kernel, **options)
 
-        tokens = ("batch", None, "heads", None)
-        keys = tokens if q.shape[2] > 1 else ("batch", None, None, None)
+        def on_pieces(initial_state, segment_ids, *arrays):
+            if ctx.layout is not None and ctx.layout.parts("time") > 1:
+                (axes,) = ctx.layout.mesh_axes(("time",))
+                return time_pieces.run(kernel, arrays, initial_state, segment_ids, axes)
+            return kernel(*arrays, initial_state=initial_state, segment_ids=segment_ids)
+
+        tokens = ("batch", "time", "heads", None)
+        keys = tokens if q.shape[2] > 1 else ("batch", "time", None, None)
         decay = (
             ("heads",) if g is not None and g.ndim == 1 else tokens[: 4 if g is None else g.ndim]
         )
@@ -75,7 +76,7 @@ class Memory(nnx.Module):
         o, state = ctx.local(
             on_pieces,
             (self.start.initial_state(q.shape[0], cache), ctx.segment_ids, *arrays),
-            (state, ("batch", None), keys, keys, tokens, decay, *(tokens[:3] for _ in per_token)),
+            (state, ("batch", "time"), keys, keys, tokens, decay, *(tokens[:3] for _ in per_token)),
             (tokens, state),
         )
         if fade is not None:

@@ -61,14 +61,17 @@ class Memory(nnx.Module):
         options = dict(scale=scale, chunk_size=self.chunk_size, backend=self.backend)
         kernel = functools.partial(kernel, **options)
 
+        is_cut = ctx.layout is not None and ctx.layout.parts("time") > 1
+
         def on_pieces(initial_state, segment_ids, *arrays):
-            if ctx.layout is not None and ctx.layout.parts("time") > 1:
+            if is_cut:
                 (axes,) = ctx.layout.mesh_axes(("time",))
                 return time_pieces.run(kernel, arrays, initial_state, segment_ids, axes)
             return kernel(*arrays, initial_state=initial_state, segment_ids=segment_ids)
 
-        tokens = ("batch", "time", "heads", None)
-        keys = tokens if q.shape[2] > 1 else ("batch", "time", None, None)
+        time = "time" if is_cut else None
+        tokens = ("batch", time, "heads", None)
+        keys = tokens if q.shape[2] > 1 else ("batch", time, None, None)
         decay = (
             ("heads",) if g is not None and g.ndim == 1 else tokens[: 4 if g is None else g.ndim]
         )
@@ -76,7 +79,7 @@ class Memory(nnx.Module):
         o, state = ctx.local(
             on_pieces,
             (self.start.initial_state(q.shape[0], cache), ctx.segment_ids, *arrays),
-            (state, ("batch", "time"), keys, keys, tokens, decay, *(tokens[:3] for _ in per_token)),
+            (state, ("batch", time), keys, keys, tokens, decay, *(tokens[:3] for _ in per_token)),
             (tokens, state),
         )
         if fade is not None:

@@ -3,7 +3,7 @@
 What a piece does to the state that comes in is affine: S_out = M S_in + S_own. The kernel itself gives
 S_own, from no state, and M, from the identity and values of zero. All devices exchange both, each
 composes those of the pieces before its own, and runs its piece from the state that it found. Work a
-device: three passes over its piece, whatever the number of pieces; sent: K (K + V) numbers a head and row.
+device: three passes over its piece, whatever their number; sent: K (K + V) numbers a head and row.
 """
 
 from collections.abc import Callable

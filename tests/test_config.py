@@ -3,7 +3,7 @@
 import pytest
 
 from effarch import config, config_check
-from effarch.configs import gated_deltanet, quickstart, transformer
+from effarch.configs import gated_deltanet, hybrids, quickstart, transformer
 from effarch.models import ffns, mixers
 
 pytestmark = pytest.mark.smoke
@@ -14,6 +14,8 @@ SHIPPED = [
     *[transformer.get_config(f"size={size}") for size in transformer.SIZES],
     *[gated_deltanet.get_config(f"size={size}") for size in gated_deltanet.SIZES],
     gated_deltanet.get_config("size=tiny,layers=hybrid"),
+    *[hybrids.get_config(f"model={model}") for model in hybrids.MODELS],
+    hybrids.get_config("mixer=hgrn2,ratio=0,size=340m"),
 ]
 
 

@@ -20,7 +20,7 @@ def get_config(arg=""):
     layers, hidden = names.lookup(MIXERS, mixer, "mixer")
     c = config.default()
     c.name = f"quickstart-{mixer}"
-    c.data.seq_len, c.data.batch_size = 256, 16
+    c.data.seq_len, c.data.batch_size = 256, 8
     c.model.width, c.model.depth, c.model.layers = 160, 4, layers
     c.model.blocks.attention.update(num_heads=4, head_dim=40, qk_norm=True)
     c.model.blocks.gated_delta_net.update(num_heads=3, head_dim=40, expand_v=2.0)
@@ -28,8 +28,8 @@ def get_config(arg=""):
     c.optimizer.kind = "muon"
     c.optimizer.learning_rate = 4e-3
     c.optimizer.schedule.final_fraction = 0.0
-    c.optimizer.schedule.warmup_steps = 20
-    c.train.num_steps = 300
-    c.eval.every_steps = c.checkpoint.every_steps = 100
+    c.optimizer.schedule.warmup_steps = 40
+    c.train.num_steps = 800
+    c.eval.every_steps = c.checkpoint.every_steps = 200
     c.eval.max_batches = 20
     return c

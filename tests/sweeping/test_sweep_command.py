@@ -105,7 +105,6 @@ CLUSTERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.multiprocess
 def test_twelve_runs_killed_half_way_finish_without_repeating_any(config_file, tmp_path):
     check_killed_half_way(config_file, tmp_path / "sweep", ["--parallel=2"], local=True)

@@ -14,7 +14,7 @@ from effarch import config as config_lib
 from effarch.training import writers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-pytestmark = [pytest.mark.slow, pytest.mark.ci, pytest.mark.multiprocess]
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 CONFIG = """
 import pathlib
@@ -90,6 +90,7 @@ def whole(config_file, tmp_path_factory):
     return folder
 
 
+@pytest.mark.ci
 def test_kill_at_random_moments_and_during_saves(config_file, whole, tmp_path):
     """Five kills in one run, each some milliseconds after a step that starts a save."""
     folder = tmp_path / "killed"
@@ -119,7 +120,9 @@ def test_sigterm_saves_and_says_so(config_file, whole, tmp_path):
     assert arrays(folder) == arrays(whole)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
+@pytest.mark.parametrize(
+    "damage", [pytest.param("flip", marks=pytest.mark.ci), "truncate", "delete"]
+)
 def test_a_damaged_newest_checkpoint_falls_back_in_one_sentence(
     config_file, whole, tmp_path, damage
 ):

@@ -14,7 +14,7 @@ from effarch import config as config_lib
 from effarch.training import watchdog, writers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-pytestmark = [pytest.mark.slow, pytest.mark.ci, pytest.mark.multiprocess]
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 TIMEOUT = 8
 STEPS = 150
 
@@ -92,7 +92,7 @@ def assert_same_losses(folder, expected):
     assert max(abs(found[step] - expected[step]) for step in found) < 1e-5
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(2, 1, marks=pytest.mark.ci), (1, 2)])
 def test_two_processes_are_one_run_and_either_continues_the_other(
     config_file, tmp_path, alone, before, after
 ):
@@ -110,7 +110,12 @@ def test_two_processes_are_one_run_and_either_continues_the_other(
 
 
 @pytest.mark.parametrize(
-    ("victim", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)]
+    ("victim", "number"),
+    [
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.ci),
+        (1, signal.SIGKILL),
+        (1, signal.SIGSTOP),
+    ],
 )
 def test_when_one_dies_the_other_says_so_and_the_run_resumes(
     config_file, tmp_path, alone, victim, number

@@ -7,6 +7,8 @@ arXiv 2401.06066. The parts are in `experts/`: routers, router_state, router_los
 gated.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -21,6 +23,15 @@ from effarch.models.ffns.experts import (
     router_state,
     routers,
 )
+
+
+class Losses(NamedTuple):
+    """Coefficients; 0 is off."""
+
+    balance: float
+    z: float
+    top1: float
+    top1_temperature: float
 
 
 class Moe(nnx.Module):
@@ -62,9 +73,7 @@ class Moe(nnx.Module):
         coefficient of 0 turns a loss off. `capacity_factor` None: no token is dropped. `top_k_schedule`
         ((step, experts), ...) holds before `top_k`: `experts/router_state.py`."""
         hidden = hidden or width
-        self.losses = dict(
-            balance=balance_coef, z=z_coef, top1=top1_coef, temperature=top1_temperature
-        )
+        self.losses = Losses(balance_coef, z_coef, top1_coef, top1_temperature)
         names.lookup(dict.fromkeys(router_losses.SCOPES), balance_scope, "moe.balance_scope")
         names.lookup(dict.fromkeys(router_losses.SCALINGS), balance_scaling, "moe.balance_scaling")
         if capacity_factor is not None and not capacity_factor > 0:
@@ -132,19 +141,19 @@ class Moe(nnx.Module):
 
     def _router_aux(self, routing: routers.Routing, ctx: Context) -> dict[str, Array]:
         losses, aux = self.losses, {}
-        if losses["balance"]:
-            aux["loss/router_balance"] = losses["balance"] * router_losses.load_balance(
+        if losses.balance:
+            aux["loss/router_balance"] = losses.balance * router_losses.load_balance(
                 routing,
                 scope=self.balance_scope,
                 scaling=self.balance_scaling,
                 num_shards=_num_shards(ctx),
                 num_groups=self.num_groups,
             )
-        if losses["z"]:
-            aux["loss/router_z"] = losses["z"] * router_losses.z_loss(routing)
-        if losses["top1"]:
-            aux["loss/router_top1"] = losses["top1"] * router_losses.top1_balance(
-                routing, temperature=losses["temperature"]
+        if losses.z:
+            aux["loss/router_z"] = losses.z * router_losses.z_loss(routing)
+        if losses.top1:
+            aux["loss/router_top1"] = losses.top1 * router_losses.top1_balance(
+                routing, temperature=losses.top1_temperature
             )
         counts_E = jnp.sum(router_losses.expert_counts(routing), axis=0)
         aux[router_state.COUNTS] = counts_E

@@ -1,9 +1,12 @@
 """A model that a mesh cannot hold is refused with the parameter and the axis, before compiling."""
 
+import math
+
 import jax
 import pytest
 
 from effarch import config, config_check
+from effarch.configs import gated_deltanet, machines
 from effarch.parallel import mesh, sharding
 from effarch.training import setup
 
@@ -52,3 +55,22 @@ def test_a_changed_rule_is_a_way_out(model):
     found = plan(model, tensor=2)
     assert found.layout.rules != sharding.RULES
     assert found.shardings.params["layers"]["0"]["mixer"]["q"]["kernel"].spec[2] is None
+
+
+@pytest.mark.parametrize("machine", machines.MACHINES)
+@pytest.mark.parametrize("size", ["50m", "340m", "1.3b"])
+def test_batches_of_shipped_sizes_fit_shipped_machines(machine, size):
+    c = gated_deltanet.get_config(f"size={size},on={machine}")
+    devices = math.prod(c.mesh[axis] for axis in mesh.AXES)
+    checked = config_check.finish(c, num_devices=devices)
+    assert checked.data.batch_size % (devices * checked.train.accumulate) == 0
+    published = gated_deltanet.get_config(f"size={size}")
+    tokens = checked.data.batch_size * checked.train.num_steps
+    assert tokens == pytest.approx(published.data.batch_size * published.train.num_steps, rel=0.01)
+
+
+@pytest.mark.parametrize("machine", ["h100x8", "v5p-1024"])
+def test_shipped_machines_leave_nothing_large_whole(machine):
+    c = gated_deltanet.get_config(f"size=1.3b,layers=hybrid,on={machine}")
+    found = plan(c, **{axis: c.mesh[axis] for axis in mesh.AXES if c.mesh[axis] > 1})
+    assert found.left_whole() == ""

@@ -29,7 +29,7 @@ def get_config(arg=""):
     c.optimizer.learning_rate = 4e-3
     c.optimizer.schedule.final_fraction = 0.0
     c.optimizer.schedule.warmup_steps = 40
-    c.train.num_steps = 800
-    c.eval.every_steps = c.checkpoint.every_steps = 200
+    c.train.num_steps = 660
+    c.eval.every_steps = c.checkpoint.every_steps = 220
     c.eval.max_batches = 20
     return c

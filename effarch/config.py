@@ -11,12 +11,15 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from effarch import names
+from effarch.data import tasks
 from effarch.models import ffns, layer_language, mixers, registry
 from effarch.quantization import recipes, rules
 from effarch.training import optimizers
 
 IDENTITY_FREE = ("mesh", "hosts", "log", "checkpoint")
 """Sections that do not change what is computed, and so are not part of the fingerprint."""
+NEUTRAL = {"embed_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "init_rules": []}
+"""Fields of the model that count only where they have another value."""
 
 
 def default() -> ConfigDict:
@@ -34,6 +37,8 @@ def default() -> ConfigDict:
     c.data.cache_dir = ""  # where prepared sources are kept; "" is ~/.cache/effarch
     c.data.seq_len = 256  # tokens a row
     c.data.batch_size = 16  # rows a step, over all devices
+
+    c.data.task = _default_task()
 
     c.model = _default_model()
     c.quantization = _default_quantization()
@@ -75,6 +80,16 @@ def default() -> ConfigDict:
     return c
 
 
+def _default_task() -> ConfigDict:
+    t = ConfigDict()
+    t.name = "none"  # a synthetic task instead of text, see effarch/data/tasks; none: text
+    t.num_examples = 0  # distinct training examples; 0: new ones every step
+    t.num_validation = 1024  # examples that are scored
+    for kind, constructor in tasks.KINDS.items():
+        t[kind] = registry.section(constructor)
+    return t
+
+
 def _default_model() -> ConfigDict:
     m = ConfigDict()
     m.width = 256  # channels of the residual stream
@@ -86,9 +101,17 @@ def _default_model() -> ConfigDict:
     m.norm.placement = "pre"  # pre, post or peri
     m.norm.embed = False  # also after the embedding
     m.norm.eps = 1e-6
+    m.embed_scale = 1.0  # the token table is multiplied by it on its way into the stream
+    m.residual_scale = 1.0  # what a mixer or ffn adds to the stream is multiplied by it
+    m.logit_scale = 1.0  # logits are multiplied by it, before the soft cap
     m.logit_softcap = config_dict.placeholder(float)  # c: logits become c tanh(logits / c)
     m.z_loss = 0.0  # weight of logsumexp(logits)^2 in the loss
     m.init_std = 0.02  # standard deviation of initial weights
+    m.init_rules = ()  # "layers/*/ffn/** 0.5": factors of initial parameters by public path
+    m.lora = ConfigDict()  # low-rank adapters of linear layers; all else is frozen
+    m.lora.rank = 0  # 0: none
+    m.lora.alpha = 16.0  # their product is multiplied by alpha / rank
+    m.lora.paths = ("layers/**",)  # the linear layers that get one
     m.dtype = "auto"  # activations: float32, bfloat16; auto: bfloat16 except on CPUs
     m.param_dtype = "float32"  # master weights
     m.scan = "auto"  # equal periods of layers as a loop: always, never; auto: except on CPUs
@@ -192,8 +215,16 @@ def _identity(config) -> dict:
     layers = layer_language.layers(model["layers"], model["depth"])
     used = {name for layer in layers for name in (layer.mixer, layer.ffn)}
     model["blocks"] = {name: part for name, part in model["blocks"].items() if name in used}
+    for name in [name for name, value in NEUTRAL.items() if model.get(name) == value]:
+        model.pop(name)
+    if not model.get("lora", {}).get("rank"):
+        model.pop("lora", None)
     for kind in set(optimizers.KINDS) - {optimizer["kind"]}:
         optimizer.pop(kind, None)
+    task = fields["data"].pop("task", {"name": "none"})
+    if task["name"] != "none":
+        kept = set(task) - (set(tasks.KINDS) - {task["name"]})
+        fields["data"]["task"] = {name: task[name] for name in task if name in kept}
     return fields
 
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from effarch import config as config_lib
 from effarch import names
+from effarch.data import tasks
 from effarch.models import build, ffns, layer_language, mixers, registry, stack
 from effarch.parallel import mesh as mesh_lib
 from effarch.quantization import recipes
@@ -18,9 +19,14 @@ POSITIVE = (
     "checkpoint.keep",
     "data.batch_size",
     "data.seq_len",
+    "data.task.num_validation",
     "log.every_steps",
     "model.depth",
+    "model.embed_scale",
+    "model.logit_scale",
+    "model.lora.alpha",
     "model.norm.eps",
+    "model.residual_scale",
     "model.width",
     "optimizer.learning_rate",
     "train.accumulate",
@@ -30,12 +36,14 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "checkpoint.every_steps",
     "checkpoint.keep_period",
+    "data.task.num_examples",
     "data.val_permille",
     "eval.every_steps",
     "eval.max_batches",
     "hosts.timeout_seconds",
     "log.sample_tokens",
     "model.init_std",
+    "model.lora.rank",
     "model.vocab_size",
     "model.z_loss",
     "optimizer.clip_norm",
@@ -48,6 +56,7 @@ NOT_NEGATIVE = (
     "train.spike_factor",
 )
 CHOICES = {
+    "data.task.name": ("none", *tasks.KINDS),
     "model.dtype": ("auto", *build.DTYPES),
     "model.param_dtype": tuple(build.DTYPES),
     "model.scan": ("auto", "always", "never"),

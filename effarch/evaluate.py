@@ -1,4 +1,4 @@
-"""Loss and bits per byte of a run on its validation text, or on other text.
+"""Loss and bits per byte of a run on its validation text, or on other text; of a task, accuracy.
 
 Usage: python -m effarch.evaluate --run=FOLDER [--step=STEP] [--data=PREPARED_FOLDER]
 
@@ -6,6 +6,7 @@ Examples:
   python -m effarch.evaluate --run=runs/quickstart-hybrid-1a2b3c4d
   python -m effarch.evaluate --run=runs/mine --step=500 --seq_len=1024
   python -m effarch.evaluate --run=runs/mine --data=prepared/books
+  python -m effarch.evaluate --run=runs/mqar --seq_len=512
 
 Prints one JSON object. Text is scored in disjoint windows of seq_len tokens; bits per byte count the
 UTF-8 bytes of the original text. Other text must be prepared with the run's tokenizer.
@@ -24,8 +25,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("run", None, "The run's folder.")
 flags.DEFINE_integer("step", None, "Evaluate the checkpoint of this step (default: the newest).")
 flags.DEFINE_string("data", None, "A prepared folder to score instead of the run's own.")
-flags.DEFINE_integer("seq_len", None, "Tokens a window (default: the run's data.seq_len).")
-flags.DEFINE_integer("max_batches", 0, "Score only so many batches, spread evenly; 0 is all.")
+flags.DEFINE_integer("seq_len", None, "Tokens a window (default: the run's data.seq_len).", 1)
+flags.DEFINE_integer("max_batches", 0, "Score only so many batches, spread evenly; 0 is all.", 0)
 
 
 def main() -> int:
@@ -36,11 +37,17 @@ def main() -> int:
 
 
 def _evaluate(folder: pathlib.Path) -> dict:
-    from effarch.data import dataset, pipeline
+    from effarch.data import dataset
     from effarch.training import evaluation, restore
 
     plan, state = restore.open_run(folder, step=FLAGS.step)
+    if FLAGS.seq_len:
+        plan = plan.with_seq_len(FLAGS.seq_len)
     if FLAGS.data:
+        if plan.dataset.tokenizer is None:
+            raise ValueError(
+                f"--data={FLAGS.data}: the run learned a task, not text; leave it out."
+            )
         other = dataset.open_dataset(FLAGS.data)
         if other.tokenizer.sha256 != plan.dataset.tokenizer.sha256:
             raise ValueError(
@@ -48,12 +55,7 @@ def _evaluate(folder: pathlib.Path) -> dict:
                 f"with --tokenizer=file:{plan.dataset.folder / 'tokenizer.json'}."
             )
         plan = dataclasses.replace(plan, dataset=other)
-    windows = pipeline.ValidationBatches(
-        plan.dataset,
-        batch_size=plan.config.data.batch_size,
-        seq_len=FLAGS.seq_len or plan.config.data.seq_len,
-        max_batches=FLAGS.max_batches,
-    )
+    windows = evaluation.batches(plan, max_batches=FLAGS.max_batches)
     eval_step = plan.eval_step(quantized=plan.is_model_quantized(int(state.step)))
     figures = evaluation.evaluate(plan, eval_step, state.params, state.model_state, windows)
     return {"run": str(folder), "step": int(state.step), **figures}

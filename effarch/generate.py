@@ -55,6 +55,9 @@ def _open(folder: pathlib.Path):
 
     plan, state = restore.open_run(folder, step=FLAGS.step)
     tokenizer = plan.dataset.tokenizer
+    if tokenizer is None:
+        task = plan.config.data.task.name
+        raise ValueError(f"--run={FLAGS.run} learned the task {task}, not text; use evaluate.")
     prompts = [
         [tokenizer.document_token, *map(int, ids)] for ids in tokenizer.encode_batch(FLAGS.prompt)
     ]

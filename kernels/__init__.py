@@ -12,13 +12,22 @@ from effarch.kernels.hadamard.api import hadamard
 from effarch.kernels.linear_attention.api import linear_attention, linear_attention_step
 from effarch.kernels.quantize.api import QuantizedArray, quantize
 from effarch.kernels.short_conv.api import short_conv
+from effarch.kernels.sparse_ffn.api import sparse_ffn
+from effarch.kernels.topk.api import (
+    exact_top_k,
+    gaussian_top_k,
+    statistical_threshold,
+    statistical_top_k,
+)
 from effarch.kernels.vector_recurrence.api import vector_recurrence
 
 __all__ = [
     "QuantizedArray",
     "attention",
+    "exact_top_k",
     "gated_delta_rule",
     "gated_delta_rule_step",
+    "gaussian_top_k",
     "grouped_matmul",
     "hadamard",
     "linear_attention",
@@ -26,5 +35,8 @@ __all__ = [
     "linear_cross_entropy",
     "quantize",
     "short_conv",
+    "sparse_ffn",
+    "statistical_threshold",
+    "statistical_top_k",
     "vector_recurrence",
 ]

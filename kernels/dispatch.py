@@ -34,7 +34,10 @@ def call(folder: str, op: str, backends: Sequence[str], backend: str | None, *ar
             raise ValueError(
                 f"{op}: backend {backend!r} does not exist; choose one of {', '.join(backends)}."
             )
-        return _load(folder, op, backend)(*args, **kwargs)
+        try:
+            return _load(folder, op, backend)(*args, **kwargs)
+        except Unsupported as why:
+            raise Unsupported(f"{op}: backend {backend!r} cannot run this: {why}.") from why
     for name in preferred(backends):
         try:
             return _load(folder, op, name)(*args, **kwargs)

@@ -3,7 +3,7 @@
 import pytest
 
 from effarch import config, config_check
-from effarch.configs import gated_deltanet, hybrids, quickstart, transformer
+from effarch.configs import gated_deltanet, hybrids, quickstart, sparse, transformer
 from effarch.models import ffns, mixers
 
 pytestmark = pytest.mark.smoke
@@ -16,6 +16,8 @@ SHIPPED = [
     gated_deltanet.get_config("size=tiny,layers=hybrid"),
     *[hybrids.get_config(f"model={model}") for model in hybrids.MODELS],
     hybrids.get_config("mixer=hgrn2,ratio=0,size=340m"),
+    *[sparse.get_config(f"ffn={ffn}") for ffn in sparse.FFNS],
+    sparse.get_config("size=2b,mixer=spark"),
 ]
 
 

@@ -24,16 +24,30 @@ from effarch.data import sources as sources_lib
 class Dataset:
     """A prepared folder, memory-mapped."""
 
+    metrics = ("bits_per_byte",)
+    """What an evaluation reports beside the loss."""
+
     def __init__(self, folder: Path, meta: dict[str, Any], tokenizer: tokenizers.Tokenizer):
         self.folder = folder
         self.meta = meta
         self.tokenizer = tokenizer
         self.vocab_size: int = meta["vocab_size"]
+        self.num_words = tokenizer.true_size
         self.document_token: int = meta["document_token"]
         self.sources: tuple[str, ...] = tuple(meta["sources"])
 
     def __repr__(self) -> str:
         return f"Dataset({str(self.folder)!r}, sources={self.sources}, vocab={self.vocab_size})"
+
+    @property
+    def description(self) -> str:
+        """`stdlib; tokenizer bpe:4096`."""
+        return f"{', '.join(self.sources)}; tokenizer {self.tokenizer.spec}"
+
+    @property
+    def yardsticks(self) -> dict[str, float]:
+        """What general compressors make of the validation text, in bits per byte."""
+        return self.meta["yardsticks"]
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -2,7 +2,8 @@
 
 Conventions: a multiply-add is 2 FLOPs; causal attention counts its causal half; recurrent mixers count
 the recurrence, whatever kernel runs; the backward pass costs twice the forward pass; recomputation is
-not counted; the input table does no work.
+not counted; the input table does no work. What a program computes for inactive neurons and for keys that
+are not attended to is counted, and beside it the count without it: what a sparse program would need.
 """
 
 import dataclasses
@@ -31,6 +32,22 @@ class Counts:
     """Weights of `params_matmul` that one token touches."""
     flops_per_token: float
     """Forward and backward, exact for the given sequence length."""
+    flops_head: float
+    """Of `flops_per_token`, those of the output head."""
+    flops_idle: float
+    """Of `flops_per_token`, those of inactive neurons and of keys that are not attended to."""
+
+    @property
+    def flops_forward(self) -> dict[str, float]:
+        """Forward FLOPs per token: all and those in use, with and without the output head."""
+        found = {}
+        for name, total in (
+            ("flops_forward", self.flops_per_token),
+            ("flops_active", self.flops_per_token - self.flops_idle),
+        ):
+            found[name] = total / BACKWARD_FACTOR
+            found[f"{name}_no_head"] = (total - self.flops_head) / BACKWARD_FACTOR
+        return found
 
     @property
     def flops_6n(self) -> float:
@@ -55,17 +72,24 @@ def count(model: language_model.LanguageModel, seq_len: int) -> Counts:
         params_active=weights + head - idle,
         flops_per_token=BACKWARD_FACTOR
         * (2.0 * head + sum(flops_by_module(model, seq_len).values())),
+        flops_head=BACKWARD_FACTOR * 2.0 * head,
+        flops_idle=BACKWARD_FACTOR * sum(flops_by_module(model, seq_len, "idle_flops").values()),
     )
 
 
-def flops_by_module(model: language_model.LanguageModel, seq_len: int) -> dict[str, float]:
-    """Forward FLOPs per token of every part of every stack, by path, summed over its layers."""
+def flops_by_module(
+    model: language_model.LanguageModel, seq_len: int, count: str = "forward_flops"
+) -> dict[str, float]:
+    """Forward FLOPs per token of every part of every stack, by path, summed over its layers.
+
+    `count`: the method that is asked; `idle_flops` are those of what is not in use.
+    """
     found = {}
     for name, block in model.layers.items():
         for path, node in nnx.iter_graph(block):
-            if isinstance(node, nnx.Module) and hasattr(node, "forward_flops"):
+            if isinstance(node, nnx.Module) and hasattr(node, count):
                 public = "/".join(("layers", name, *map(str, path)))
-                found[public] = _repeats(name) * node.forward_flops(seq_len)
+                found[public] = _repeats(name) * getattr(node, count)(seq_len)
     return found
 
 

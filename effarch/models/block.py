@@ -14,16 +14,23 @@ class Residual(nnx.Module):
     """The norms around one branch F.
 
     pre: x + F(N(x)); post: N(x + F(x)); peri: x + N_out(F(N_in(x))) (Peri-LN, arXiv 2502.02732).
+    What is added to x is multiplied by `scale`.
     """
 
     def __init__(
-        self, width: int, *, placement: str = "pre", eps: float = 1e-6, param_dtype=jnp.float32
+        self,
+        width: int,
+        *,
+        placement: str = "pre",
+        scale: float = 1.0,
+        eps: float = 1e-6,
+        param_dtype=jnp.float32,
     ):
         if placement not in PLACEMENTS:
             raise ValueError(
                 f"model.norm.placement={placement!r} is not known; use {', '.join(PLACEMENTS)}."
             )
-        self.placement = placement
+        self.placement, self.scale = placement, scale
         if placement in ("pre", "peri"):
             self.norm_in = norm.RMSNorm(width, eps=eps, param_dtype=param_dtype)
         if placement in ("post", "peri"):
@@ -37,18 +44,28 @@ class Residual(nnx.Module):
     def leave(self, x_BTD: Float[Array, "B T D"], y_BTD: Float[Array, "B T D"], ctx: Context):
         """The stream after the branch gave y."""
         y_BTD = ctx.shard(y_BTD, "batch", "stream", None)
-        if self.placement == "post":
-            return self.norm_out(x_BTD + y_BTD)
-        return x_BTD + (self.norm_out(y_BTD) if self.placement == "peri" else y_BTD)
+        if self.placement == "peri":
+            y_BTD = self.norm_out(y_BTD)
+        x_BTD = x_BTD + (y_BTD if self.scale == 1.0 else self.scale * y_BTD)
+        return self.norm_out(x_BTD) if self.placement == "post" else x_BTD
 
 
 class Block(nnx.Module):
     """(x, ctx, cache) -> (x, cache, aux); `ffn` may be None."""
 
     def __init__(
-        self, width: int, *, mixer, ffn, norm_placement: str, norm_eps: float, param_dtype
+        self,
+        width: int,
+        *,
+        mixer,
+        ffn,
+        norm_placement: str,
+        norm_eps: float,
+        param_dtype,
+        residual_scale: float = 1.0,
     ):
-        options = dict(placement=norm_placement, eps=norm_eps, param_dtype=param_dtype)
+        options = dict(placement=norm_placement, scale=residual_scale, eps=norm_eps)
+        options |= dict(param_dtype=param_dtype)
         self.mixer = mixer
         self.mixer_residual = Residual(width, **options)
         self.ffn = ffn

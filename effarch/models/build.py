@@ -10,7 +10,9 @@ from effarch.kernels import platform
 from effarch.models import block as block_lib
 from effarch.models import (
     ffns,
+    init_rules,
     language_model,
+    layer_adapters,
     layer_language,
     layer_recipes,
     mixers,
@@ -36,14 +38,17 @@ def model(
     runs = []
     planned = layer_language.runs(config.layers, config.depth)
     makers = {layer: _block_maker(config, layer, shared) for run in planned for layer in run.period}
-    found = layer_recipes.assign(quantization, planned, makers)
+    recipes = layer_recipes.assign(quantization, planned, makers)
+    adapted = layer_adapters.assign(config.lora, planned, makers)
+    found = {number: (recipes[number], adapted[number]) for number in recipes}
     for run in planned:
         keys = [jax.random.split(rngs.params(), run.repeats) for _ in run.period]
         for part in layer_recipes.parts(run, found):
             names = []
             for position, layer in enumerate(part.period):
                 number = part.start + position
-                make = layer_recipes.with_quantizers(makers[layer], found[number])
+                make = layer_recipes.with_quantizers(makers[layer], recipes[number])
+                make = layer_adapters.with_adapters(make, adapted[number], config.lora, param_dtype)
                 first = (part.start - run.start) // len(run.period)
                 part_keys = keys[position][first : first + part.repeats]
                 name = parameters.stack_name(number, len(part.period), part.repeats)
@@ -58,18 +63,23 @@ def model(
     if not config.tied_head:
         sizes = (config.width, vocab_size)
         head = linear.Linear(*sizes, axes=("embed", "vocab"), rngs=rngs, **shared)
-    return language_model.LanguageModel(
-        embed=embedding.Embedding(vocab_size, config.width, rngs=rngs, **shared),
+    built = language_model.LanguageModel(
+        embed=embedding.Embedding(
+            vocab_size, config.width, scale=config.embed_scale, rngs=rngs, **shared
+        ),
         layers=layers,
         runs=tuple(runs),
         embed_norm=make_norm() if config.norm.embed else None,
         final_norm=make_norm() if config.norm.placement != "post" else None,
         head=head,
+        logit_scale=config.logit_scale,
         logit_softcap=config.logit_softcap,
         z_loss=config.z_loss,
         unroll=unrolled(config.scan),
         remat=config.remat,
     )
+    init_rules.apply(built, config.init_rules)
+    return built
 
 
 def abstract(config, *, vocab_size: int, quantization=None) -> language_model.LanguageModel:
@@ -102,6 +112,7 @@ def _block_maker(config, layer: layer_language.Layer, shared) -> Callable[[nnx.R
             else _construct(config, ffns.KINDS, layer.ffn, supplied),
             norm_placement=config.norm.placement,
             norm_eps=config.norm.eps,
+            residual_scale=config.residual_scale,
             param_dtype=shared["param_dtype"],
         )
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from effarch.models import sampling
+from effarch.models import parameters, sampling
 from effarch.models.context import Context
 
 PROMPT_MULTIPLE = 64
@@ -54,6 +54,28 @@ def _draw(logits_BW: Float[Array, "B W"], key, number, options) -> Int[Array, "B
     return sampling.sample(logits_BW, jax.random.fold_in(key, number), **options)
 
 
+def _layers_apart(model):
+    """The same model with arrays of their own for each layer, in place of stacked ones.
+
+    Where layers run unrolled, a layer of a stack is copied out of it for every token: most of the time.
+    """
+    graphdef, state = nnx.split(model)
+    model, layers = nnx.merge(graphdef, state), {}
+    for name, block in model.layers.items():
+        graphdef, state = nnx.split(block)
+        numbers = parameters.stack_layers(name)
+        for number, own in zip(numbers, _pieces(nnx.to_pure_dict(state), len(numbers))):
+            layers[number] = nnx.merge(graphdef, own)
+    model.layers = nnx.Dict({str(number): layers[number] for number in sorted(layers)})
+    model.runs = tuple((str(number),) for number in sorted(layers))
+    return model
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pieces(arrays: dict, count: int) -> list[dict]:
+    return [jax.tree.map(lambda x, i=index: x[i : i + 1], arrays) for index in range(count)]
+
+
 def generate(
     model,
     prompts: Sequence[Sequence[int]],
@@ -70,6 +92,7 @@ def generate(
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompt is empty; begin it with the document token.")
+    model = _layers_apart(model) if model.unroll else model
     graphdef, state = nnx.split(model)
     variables = nnx.to_pure_dict(state)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)

@@ -28,6 +28,7 @@ class LanguageModel(nnx.Module):
         embed_norm: norm.RMSNorm | None,
         final_norm: norm.RMSNorm | None,
         head: linear.Linear | None,
+        logit_scale: float = 1.0,
         logit_softcap: float | None = None,
         z_loss: float = 0.0,
         unroll: bool = False,
@@ -36,11 +37,14 @@ class LanguageModel(nnx.Module):
         """`head` None ties the head to the embedding table."""
         self.embed, self.layers, self.runs = embed, nnx.Dict(layers), runs
         self.embed_norm, self.final_norm, self.head = embed_norm, final_norm, head
-        self.logit_softcap, self.z_loss = logit_softcap, z_loss
+        self.logit_scale, self.logit_softcap, self.z_loss = logit_scale, logit_softcap, z_loss
         self.unroll, self.remat = unroll, remat
 
     def __call__(self, tokens_BT: Int[Array, "B T"], ctx: Context, cache: dict | None = None):
-        """Returns the normed stream [B,T,D], the cache and aux: {stack name: {name: [repeats, ...]}}."""
+        """Returns the stream for the head [B,T,D], the cache and aux: {stack: {name: [repeats, ...]}}.
+
+        The stream is normed and multiplied by `logit_scale`.
+        """
         x_BTD = ctx.shard(self.embed(tokens_BT, ctx), "batch", "stream", None)
         if self.embed_norm is not None:
             x_BTD = self.embed_norm(x_BTD)
@@ -59,6 +63,8 @@ class LanguageModel(nnx.Module):
             aux |= dict(zip(names, auxes))
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
+        if self.logit_scale != 1.0:
+            x_BTD = self.logit_scale * x_BTD
         return x_BTD, None if cache is None else new_cache, aux
 
     def head_matrix(self) -> Float[Array, "D W"]:

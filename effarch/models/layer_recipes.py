@@ -6,6 +6,7 @@ cut into parts of equal recipes. Public paths and initial parameters do not chan
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from flax import nnx
 
@@ -44,15 +45,15 @@ def assign(
     return found
 
 
-def parts(run: Run, found: Mapping[int, Recipes]) -> list[Run]:
-    """The run cut into runs whose periods have equal recipes."""
+def parts(run: Run, found: Mapping[int, Any]) -> list[Run]:
+    """The run cut into runs whose periods have equal finds (recipes and the like) layer by layer."""
     length = len(run.period)
 
-    def recipes(repeat: int):
+    def finds(repeat: int):
         start = run.start + repeat * length
         return [found[number] for number in range(start, start + length)]
 
-    groups = [list(group) for _, group in itertools.groupby(range(run.repeats), recipes)]
+    groups = [list(group) for _, group in itertools.groupby(range(run.repeats), finds)]
     return [Run(run.start + group[0] * length, run.period, len(group)) for group in groups]
 
 

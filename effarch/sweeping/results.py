@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from effarch import config as config_lib
-from effarch.data import dataset
+from effarch.data import batches, dataset
 from effarch.models import accounting, build
 from effarch.sweeping import display, status
 from effarch.sweeping.plan import Run
@@ -91,7 +91,10 @@ def _section(section) -> dict:
 def _count(model: str, data: str) -> accounting.Counts:
     """Counts of the model in a config section, given as JSON: many runs share theirs."""
     model, data = config_lib.from_json(model), config_lib.from_json(data)
-    vocab_size = model.vocab_size or _vocab_size(
+    vocab_size = model.vocab_size
+    if not vocab_size and data.task.name != "none":
+        vocab_size = batches.open_source(data).vocab_size
+    vocab_size = vocab_size or _vocab_size(
         data.sources, data.tokenizer, data.val_permille, data.path, data.cache_dir
     )
     return accounting.count(build.abstract(model, vocab_size=vocab_size), data.seq_len)

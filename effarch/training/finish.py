@@ -20,7 +20,10 @@ def write(plan: setup.Setup, folder: pathlib.Path, outcome: loop.Outcome, *, con
     page = report_page.write_report([folder], folder / "report.html")
     rows = [
         ("validation loss", summary.get("val/loss", "-")),
-        ("bits per byte", summary.get("val/bits_per_byte", "-")),
+        *[
+            (name.replace("_", " "), summary.get(f"val/{name}", "-"))
+            for name in plan.dataset.metrics
+        ],
         *[
             (f"  {name} of the same text", summary[key])
             for name, key in (("gzip -9", "gzip_bits_per_byte"), ("xz -9e", "xz_bits_per_byte"))
@@ -43,9 +46,9 @@ def write(plan: setup.Setup, folder: pathlib.Path, outcome: loop.Outcome, *, con
 def write_samples(plan: setup.Setup, folder: pathlib.Path, state) -> dict[str, str]:
     """Continues `log.sample_prompts`; returns and writes the texts."""
     prompts, num_tokens = plan.config.log.sample_prompts, plan.config.log.sample_tokens
-    if not prompts or not num_tokens:
-        return {}
     tokenizer = plan.dataset.tokenizer
+    if not prompts or not num_tokens or tokenizer is None:
+        return {}
     model = restore.model_of(plan, state)
     encoded = [
         [tokenizer.document_token, *map(int, ids)] for ids in tokenizer.encode_batch(list(prompts))
@@ -80,6 +83,7 @@ def summarize(plan: setup.Setup, outcome: loop.Outcome) -> dict:
         "params_active": counts.params_active,
         "flops_model": counts.flops_per_token * tokens,
         "flops_6nd": counts.flops_6n * tokens,
+        **counts.flops_forward,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "skipped_steps": int(outcome.state.opt_state.skipped),
         "seconds": outcome.seconds,
@@ -93,5 +97,5 @@ def summarize(plan: setup.Setup, outcome: loop.Outcome) -> dict:
 
 def _yardsticks(plan: setup.Setup) -> dict[str, float]:
     """What general compressors make of the same validation text, in bits per byte."""
-    found = plan.dataset.meta["yardsticks"]
+    found = plan.dataset.yardsticks
     return {f"{name}_bits_per_byte": found[name] for name in ("gzip", "xz") if name in found}

@@ -12,7 +12,7 @@ import signal
 import jax
 import numpy as np
 
-from effarch.data import pipeline, prefetch
+from effarch.data import batches, prefetch
 from effarch.models import accounting
 from effarch.parallel import multihost, partitioner
 from effarch.training import evaluation, progress, run_folder, setup, watchdog, writers
@@ -47,14 +47,9 @@ class Loop:
     def __init__(self, plan: setup.Setup, folder: pathlib.Path, *, console=None):
         self.plan, self.config, self.folder = plan, plan.config, folder
         self.console = console
-        self.batches = pipeline.TrainBatches(
-            plan.dataset,
-            batch_size=self.config.data.batch_size,
-            seq_len=self.config.data.seq_len,
-            seed=self.config.seed,
-            weights=self.config.data.weights,
-        )
+        self.batches = batches.training(plan.dataset, self.config.data, seed=self.config.seed)
         self.key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+        self.metrics = ("loss", *plan.dataset.metrics)
         self.eval_steps = {mode: plan.eval_step(quantized=mode) for mode in (False, True)}
         self.windows = evaluation.batches(plan, max_batches=self.config.eval.max_batches)
         self._resumes, self._seconds_before = 0, 0.0
@@ -216,10 +211,8 @@ class Loop:
                 self.plan, eval_step, state.params, state.model_state, windows
             )
         self.writer.write(step, result, kind="eval")
-        self.shown.note(
-            f"step {step:,}: validation loss {result['loss']:.4f}, "
-            f"{result['bits_per_byte']:.4f} bits per byte"
-        )
+        metrics = [f"{name.replace('_', ' ')} {result[name]:.4f}" for name in self.metrics]
+        self.shown.note(f"step {step:,}: validation {', '.join(metrics)}")
         return result
 
     def _save(self, state: TrainState, step: int) -> None:

@@ -55,6 +55,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         Panel(title, "nats per token", _over_runs(runs, "train", key, is_raw=True), "loss"),
         Panel("Validation loss", "nats per token", _over_runs(runs, "evals", "loss"), "loss"),
         *_bits_panels(runs),
+        Panel("Accuracy", "share of what is scored", _over_runs(runs, "evals", "accuracy"), "zero"),
         Panel("Learning rate", "learning rate", _over_runs(runs, "train", "learning_rate")),
         Panel("Gradient norm", "norm", _over_runs(runs, "train", "grad_norm", is_raw=True), "log"),
         Panel(

@@ -23,8 +23,15 @@ _COUNTS = {
     "params_active": "Parameters active for a token",
     "tokens": "Tokens",
 }
+_FORWARD = {
+    "flops_forward": "Forward FLOPs a token",
+    "flops_forward_no_head": "Forward FLOPs a token, without the head",
+    "flops_active": "Forward FLOPs in use a token",
+    "flops_active_no_head": "Forward FLOPs in use a token, without the head",
+}
 _KNOWN = {
     *_COUNTS,
+    *_FORWARD,
     *(
         "flops_model",
         "flops_6nd",
@@ -120,6 +127,7 @@ def _cards(run: Run) -> str:
     cards = [
         ("validation bits per byte", bits, "{:.4f}".format),
         ("validation loss, nats per token", loss, "{:.4f}".format),
+        ("accuracy", run.final("accuracy"), "{:.1%}".format),
         ("tokens", tokens, formatting.count),
         ("tokens per second", speed, formatting.count),
         ("model FLOP utilization", run.typical("mfu"), "{:.1%}".format),
@@ -158,6 +166,14 @@ def _validation_rows(runs: Sequence[Run]) -> list[Row]:
         marks = ["*" if len(runs) > 1 and v is not None and v == lowest else "" for v in finals]
         cells = [_final_cell(run.best(name), final) for run, final in zip(runs, finals)]
         rows.append((label, [mark + cell for mark, cell in zip(marks, cells)]))
+    for name in dict.fromkeys(name for run in runs for name in run.shares):
+        finals = [run.final(name) for run in runs]
+        highest = max((v for v in finals if v is not None), default=None)
+        marks = ["*" if len(runs) > 1 and v == highest else "" for v in finals]
+        cells = [mark + _cell(v, "{:.1%}".format) for mark, v in zip(marks, finals)]
+        *part, share = name.split("/")
+        label = ", ".join([share.replace("_", " ").capitalize(), *part])
+        rows.append((label, cells))
     for name in ("gzip", "xz"):
         bits = [run.figure(f"{name}_bits_per_byte") for run in runs]
         rows.append((f"Bits per byte of {name}", [_cell(value, "{:.4f}".format) for value in bits]))
@@ -193,6 +209,10 @@ def _cost_rows(runs: Sequence[Run]) -> list[Row]:
     return [
         row("Model FLOPs", lambda run: run.figure("flops_model"), formatting.scientific),
         row("FLOPs by 6ND", lambda run: run.figure("flops_6nd"), formatting.scientific),
+        *[
+            row(label, lambda run, name=name: run.figure(name), formatting.count)
+            for name, label in _FORWARD.items()
+        ],
         row("Time for a step", lambda run: run.typical("step_seconds"), "{:.4g} s".format),
         row("Tokens per second", lambda run: run.typical("tokens_per_second"), formatting.count),
         row("Model FLOP utilization", lambda run: run.typical("mfu"), "{:.1%}".format),

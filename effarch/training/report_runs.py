@@ -17,6 +17,7 @@ from effarch.training import writers
 
 MAX_SAMPLES = 12
 MAX_SAMPLE_CHARACTERS = 6000
+_SHARES = ("accuracy", "exact_match")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -52,6 +53,13 @@ class Run:
         names += [name.removeprefix("val/") for name in self.summary if name.startswith("val/")]
         ending = "/bits_per_byte"
         return list(dict.fromkeys(name.removesuffix(ending) for name in names if ending in name))
+
+    @property
+    def shares(self) -> list[str]:
+        """The validation figures that are shares of what was scored, 0 to 1, by first mention."""
+        names = [name for record in self.evals for name in record]
+        names += [name.removeprefix("val/") for name in self.summary if name.startswith("val/")]
+        return [x for x in dict.fromkeys(names) if x.rpartition("/")[2] in _SHARES]
 
     def final(self, name: str) -> float | None:
         """A validation figure at the end: from the summary, else from the last record with it."""

@@ -15,11 +15,11 @@ from effarch import config as config_lib
 CONFIG, SUMMARY, CHECKPOINTS, SAMPLES = "config.json", "summary.json", "checkpoints", "samples"
 
 
-def create(folder: pathlib.Path, config, *, data: str) -> None:
+def create(folder: pathlib.Path, config, *, data: str | None) -> None:
     """Makes the folder, or recognizes it as this run's.
 
-    `data` is the fingerprint of the prepared data. Raises ValueError if the folder belongs to another
-    config, was trained on other data, or cannot be written.
+    `data` is the fingerprint of the prepared data, None for a model that has seen none yet. Raises
+    ValueError if the folder belongs to another config, was trained on other data, or cannot be written.
     """
     mark = config_lib.fingerprint(config)
     path = folder / CONFIG
@@ -47,12 +47,16 @@ def create(folder: pathlib.Path, config, *, data: str) -> None:
         ) from error
 
 
-def _check_data(path: pathlib.Path, data: str) -> None:
-    saved = json.loads(path.read_text()).get("data")
-    if saved != data:
+def _check_data(path: pathlib.Path, data: str | None) -> None:
+    content = json.loads(path.read_text())
+    saved = content.get("data")
+    if saved is None and data is not None:  # converted, and now trained for the first time
+        write_json(path, content | {"data": data})
+    elif saved != data:
         raise ValueError(
             f"--workdir={path.parent} was trained on other data (its text or tokenizer changed since: "
-            f"{str(saved)[:12]} there, {data[:12]} now); restore the text, or choose another --workdir."
+            f"{str(saved)[:12]} there, {str(data)[:12]} now); restore the text, or choose another "
+            "--workdir."
         )
 
 

@@ -13,8 +13,8 @@ import optax
 
 from effarch import config as config_lib
 from effarch import config_check
-from effarch.data import dataset as dataset_lib
-from effarch.models import accounting, build
+from effarch.data import batches
+from effarch.models import accounting, build, layer_adapters
 from effarch.parallel import feeding, multihost, partitioner, sharding
 from effarch.parallel import mesh as mesh_lib
 from effarch.training import checkpoints, formatting, guard, optimizers, run_folder, schedules
@@ -27,7 +27,7 @@ class Setup:
     """A checked config and what follows from it; nothing large is allocated."""
 
     config: object
-    dataset: dataset_lib.Dataset | None
+    dataset: batches.Source | None
     """None where the step is only compiled."""
     vocab_size: int
     layout: sharding.Layout
@@ -60,7 +60,7 @@ class Setup:
             "parameters": f"{formatting.count(counts.params_total)}, "
             f"{formatting.count(counts.params_active)} of them in matrix products; "
             f"{formatting.count(counts.flops_per_token)} FLOPs a token",
-            "data": f"{', '.join(self.dataset.sources)}; tokenizer {self.dataset.tokenizer.spec}",
+            "data": self.dataset.description,
             "batch": self._batch_arithmetic(),
             "length": f"{config.train.num_steps:,} steps = {length} tokens",
             "optimizer": f"{config.optimizer.kind}, {config.optimizer.schedule.kind}, "
@@ -124,6 +124,16 @@ class Setup:
         place = self.layout.sharding(step_lib.BATCH_AXES)
         return feeding.Feeder(place, data.batch_size, data.seq_len)
 
+    def with_seq_len(self, seq_len: int) -> "Setup":
+        """The same model on rows of another length."""
+        config = config_lib.from_json(config_lib.to_json(self.config))
+        config.data.seq_len = seq_len
+        config = config_lib.freeze(config)
+        dataset = self.dataset
+        if config.data.task.name != "none":
+            dataset = batches.open_source(config.data)
+        return dataclasses.replace(self, config=config, dataset=dataset)
+
     def is_quantized(self, step: int) -> bool:
         """Whether step `step`, counted from 0, rounds as the recipes say; else it trains plainly."""
         options = self.config.quantization
@@ -142,6 +152,7 @@ class Setup:
             accumulate=self.config.train.accumulate,
             layout=self.layout,
             quantized=quantized,
+            frozen=self._frozen(),
         )
         return jax.jit(
             step,
@@ -149,6 +160,11 @@ class Setup:
             out_shardings=(self.shardings, self.layout.sharding(())),
             donate_argnums=0,
         )
+
+    def _frozen(self):
+        """Which parameter arrays never change as a whole, in the shape of the parameters."""
+        groups = optimizers.groups.assign(self.plan.params, _rules(self.config))
+        return jax.tree.map(lambda group: group.is_frozen, groups)
 
     def eval_step(self, *, quantized: bool = True):
         """The compiled-on-use evaluation step."""
@@ -159,21 +175,14 @@ class Setup:
 def prepare(config) -> Setup:
     """Checks the config against data and devices and plans the model. Raises ValueError."""
     config = config_check.finish(config, num_devices=jax.device_count())
-    data = config.data
     # The model is planned once for its own errors before minutes may go into preparing data.
     if config.model.vocab_size:
         build.abstract(
             config.model, vocab_size=config.model.vocab_size, quantization=config.quantization
         )
-    dataset = dataset_lib.find_or_prepare(
-        data.sources,
-        data.tokenizer,
-        data.val_permille,
-        path=data.path,
-        cache_dir=data.cache_dir,
-    )
+    dataset = batches.open_source(config.data)
     multihost.check_same("config", config_lib.fingerprint(config))
-    multihost.check_same("text or tokenizer", dataset.fingerprint)
+    multihost.check_same("data", dataset.fingerprint)
     vocab_size = _vocab_size(config.model.vocab_size, dataset)
     mesh = mesh_lib.make(mesh_lib.resolve(config.mesh, jax.device_count()))
     return on_mesh(config, mesh, vocab_size=vocab_size, dataset=dataset)
@@ -218,12 +227,17 @@ def open_checkpoints(setup: Setup, folder: pathlib.Path) -> checkpoints.Checkpoi
 def _vocab_size(wanted: int, dataset) -> int:
     if not wanted:
         return dataset.vocab_size
-    if wanted < dataset.tokenizer.true_size:
+    if wanted < dataset.num_words:
         raise ValueError(
-            f"model.vocab_size={wanted} is smaller than the tokenizer's {dataset.tokenizer.true_size} "
-            "words; set model.vocab_size=0 to take the tokenizer's size, or use its tokenizer."
+            f"model.vocab_size={wanted} is smaller than the data's {dataset.num_words} words; set "
+            "model.vocab_size=0 to take as many as it has, or use its tokenizer."
         )
     return wanted
+
+
+def _rules(config) -> tuple[str, ...]:
+    """The optimizer's rules; with adapters those come first that train nothing else."""
+    return (*(layer_adapters.TRAINED if config.model.lora.rank else ()), *config.optimizer.rules)
 
 
 def _optimizer(config, plan: state_lib.Blueprint):
@@ -235,7 +249,7 @@ def _optimizer(config, plan: state_lib.Blueprint):
         schedule=schedule,
         clip_norm=o.clip_norm,
         infos=plan.params,
-        rules=o.rules,
+        rules=_rules(config),
         **dict(o[o.kind]),
     )
     return schedule, guard.guard(inner, spike_factor=config.train.spike_factor)

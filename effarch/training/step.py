@@ -1,6 +1,7 @@
 """The train step and the evaluation step: pure functions, jitted with explicit shardings."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,18 @@ def train_step(
     accumulate: int,
     layout: sharding.Layout | None = None,
     quantized: bool = True,
+    frozen: Any = None,
 ) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
     """(state, batch, key) -> (state, metrics); `key` is the run's, the step is folded in.
 
     The gradient is that of the mean loss over all tokens with weight, whatever `accumulate`.
-    Metrics are float32 scalars on the device. `quantized` False leaves the recipes out.
+    Metrics are float32 scalars on the device. `quantized` False leaves the recipes out. `frozen` says
+    in the shape of the parameters which arrays cost no backward pass and do not count in grad_norm.
     """
 
     def loss_fn(params, probes, model_state, batch, key, num_tokens):
+        if frozen is not None:
+            params = jax.tree.map(_hold, params, frozen)
         model = nnx.merge(plan.graphdef, params, probes, model_state)
         ctx = Context(key=key, layout=layout, quantized=quantized)
         total, token, aux = model.loss(batch, ctx)
@@ -77,6 +82,10 @@ def train_step(
     return step
 
 
+def _hold(param: jax.Array, is_frozen: bool) -> jax.Array:
+    return jax.lax.stop_gradient(param) if is_frozen else param
+
+
 def _accumulated(gradient, batch, key, accumulate: int):
     """Runs micro-batches in turn; losses and gradients add up, aux and probes by their reductions."""
 
@@ -111,13 +120,25 @@ def _accumulated(gradient, batch, key, accumulate: int):
 
 
 def eval_step(plan: Blueprint, *, layout: sharding.Layout | None = None, quantized: bool = True):
-    """(params, model_state, batch) -> the sum of cross-entropy (nats) of each row, [B] float32."""
+    """(params, model_state, batch) -> {"loss", "hits", "exact"} of each row, [B] float32.
+
+    loss: summed cross-entropy (nats); hits: scored tokens whose best word is the target; exact: 1 if
+    some are scored and all are hits.
+    """
 
     def step(params, model_state, batch):
         probes = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), plan.probes)
         model = nnx.merge(plan.graphdef, params, probes, model_state)
         ctx = Context(layout=layout, train=False, quantized=quantized)
         _, token, _ = model.loss(batch, ctx)
-        return jnp.sum(token["ce"] * batch["loss_weights"], axis=1)
+        weights_BT = batch["loss_weights"]
+        is_scored_BT = weights_BT > 0
+        hits_B = jnp.sum(token["hit"] * is_scored_BT, axis=1)
+        scored_B = jnp.sum(is_scored_BT, axis=1)
+        return {
+            "loss": jnp.sum(token["ce"] * weights_BT, axis=1),
+            "hits": hits_B,
+            "exact": ((hits_B == scored_B) & (scored_B > 0)).astype(jnp.float32),
+        }
 
     return step

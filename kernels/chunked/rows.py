@@ -82,7 +82,7 @@ def _stretch(chunked, scale, chunk, initial, tokens):
         g = jnp.maximum(g.astype(initial.dtype), _STRONGEST_DECAY_LOG)
     if segment_ids is not None:
         is_real = segment_ids != 0
-        k, v, g, *per_head = (_keep(x, is_real) for x in (k, v, g, *per_head))
+        k, v, g, *per_head = (keep(x, is_real) for x in (k, v, g, *per_head))
     cut = functools.partial(_cut, chunk=chunk)
 
     def by_value_head(x):
@@ -97,7 +97,7 @@ def _stretch(chunked, scale, chunk, initial, tokens):
         precision,
     )
     o = jnp.moveaxis(o, (0, 1, 4), (1, 0, 2)).reshape(batch, -1, *v.shape[2:])[:, :length]
-    o = o if segment_ids is None else _keep(o, is_real)
+    o = o if segment_ids is None else keep(o, is_real)
     return final.reshape(initial.shape), o.astype(out_dtype)
 
 
@@ -121,7 +121,7 @@ def _chunk_length(length: int, chunk_size: int | None, per_channel: bool) -> int
     return chunk
 
 
-def _keep(x: jax.Array | None, is_real: jax.Array) -> jax.Array | None:
+def keep(x: jax.Array | None, is_real: jax.Array) -> jax.Array | None:
     """Zeros at padding: such a token reads and writes nothing and decays nothing."""
     if x is None:
         return None
@@ -131,7 +131,7 @@ def _keep(x: jax.Array | None, is_real: jax.Array) -> jax.Array | None:
 def _cut(x: jax.Array, *, chunk: int, head_axes: int, mode: str = "constant") -> jax.Array:
     """[B,T,*heads,*rest] -> [N,B,*heads,C,*rest], the last chunk filled up with zeros or its edge."""
     batch = x.shape[0]
-    x = _filled(x, chunk, mode)
+    x = filled(x, chunk, mode)
     x = x.reshape(batch, -1, chunk, *x.shape[2:])
     return jnp.moveaxis(x, (1, 0, 2), (0, 1, 2 + head_axes))
 
@@ -140,11 +140,11 @@ def _by_stretch(
     x: jax.Array, *, stretches: int, multiple: int, mode: str = "constant"
 ) -> jax.Array:
     """[B,T,...] -> [stretches,B,T / stretches,...], filled up to a multiple of tokens each."""
-    x = _filled(x, stretches * multiple, mode)
+    x = filled(x, stretches * multiple, mode)
     x = x.reshape(x.shape[0], stretches, -1, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
 
-def _filled(x: jax.Array, multiple: int, mode: str) -> jax.Array:
+def filled(x: jax.Array, multiple: int, mode: str) -> jax.Array:
     behind = -x.shape[1] % multiple
     return jnp.pad(x, [(0, 0), (0, behind)] + [(0, 0)] * (x.ndim - 2), mode=mode) if behind else x

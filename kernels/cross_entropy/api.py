@@ -27,7 +27,9 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B T"]]]:
-    """Returns (total, {"ce", "logsumexp"}): a float32 scalar and the float32 values of each token.
+    """Returns (total, {"ce", "logsumexp", "hit"}): a float32 scalar and float32 values of each token.
+
+    `hit` is 1 where no word scores above the target, else 0.
 
     The product takes operands of x's dtype (head is cast to it) and sums in float32. `total` is
     differentiable with respect to x, head and weights; the values of each token carry no gradient.
@@ -38,7 +40,7 @@ def linear_cross_entropy(
     Raises ValueError for arguments that do not fit.
     """
     _check(x, head, targets, weights, softcap, z_loss, chunk_size)
-    total, ce_BT, logsumexp_BT = dispatch.call(
+    total, ce_BT, logsumexp_BT, hit_BT = dispatch.call(
         "cross_entropy",
         "linear_cross_entropy",
         BACKENDS,
@@ -51,7 +53,7 @@ def linear_cross_entropy(
         z_loss=float(z_loss),
         chunk_size=chunk_size,
     )
-    token = {"ce": ce_BT, "logsumexp": logsumexp_BT}
+    token = {"ce": ce_BT, "logsumexp": logsumexp_BT, "hit": hit_BT}
     return total, jax.lax.stop_gradient(token)
 
 

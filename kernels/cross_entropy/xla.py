@@ -20,7 +20,7 @@ _TOKENS = 512  # but no fewer tokens than these, for each chunk reads and writes
 
 
 def linear_cross_entropy(x, head, targets, weights, *, softcap, z_loss, chunk_size):
-    """See `api.linear_cross_entropy`; returns (total, ce, logsumexp)."""
+    """See `api.linear_cross_entropy`; returns (total, ce, logsumexp, hit)."""
     B, T, _ = x.shape
     if chunk_size is None:
         most = max(1, max(_BUDGET // head.shape[1], _TOKENS) // B)
@@ -32,18 +32,18 @@ def linear_cross_entropy(x, head, targets, weights, *, softcap, z_loss, chunk_si
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _loss(x_BTD, head_DW, targets_BT, weights_BT, options):
     def chunk(_, x_BCD, targets_BC, weights_BC):
-        _, ce_BC, lse_BC, _ = _logits(x_BCD, head_DW, targets_BC, options)
-        return None, (ce_BC, lse_BC)
+        _, ce_BC, lse_BC, hit_BC, _ = _logits(x_BCD, head_DW, targets_BC, options)
+        return None, (ce_BC, lse_BC, hit_BC)
 
-    _, (ce_BT, lse_BT) = _over_chunks(chunk, None, (x_BTD, targets_BT, weights_BT), options[2])
-    return _total(ce_BT, lse_BT, weights_BT, options), ce_BT, lse_BT
+    _, token = _over_chunks(chunk, None, (x_BTD, targets_BT, weights_BT), options[2])
+    return _total(*token[:2], weights_BT, options), *token
 
 
 def _loss_fwd(x_BTD, head_DW, targets_BT, weights_BT, options):
     softcap, z_loss, chunk_size = options
 
     def chunk(dhead_DW, x_BCD, targets_BC, weights_BC):
-        logits_BCW, ce_BC, lse_BC, hot_BCW = _logits(x_BCD, head_DW, targets_BC, options)
+        logits_BCW, ce_BC, lse_BC, hit_BC, hot_BCW = _logits(x_BCD, head_DW, targets_BC, options)
         p_BCW = jnp.exp(logits_BCW - lse_BC[..., None])
         d_BCW = p_BCW * (1 + 2 * z_loss * lse_BC)[..., None] - hot_BCW
         if softcap is not None:
@@ -51,16 +51,16 @@ def _loss_fwd(x_BTD, head_DW, targets_BT, weights_BT, options):
         d_BCW = (d_BCW * weights_BC[..., None]).astype(x_BCD.dtype)
         dx_BCD = _product("bcw,dw->bcd", d_BCW, head_DW).astype(x_BCD.dtype)
         dhead_DW += _product("bcd,bcw->dw", x_BCD, d_BCW)
-        return dhead_DW, (ce_BC, lse_BC, dx_BCD)
+        return dhead_DW, (ce_BC, lse_BC, hit_BC, dx_BCD)
 
     start, _ = varying.align([jnp.zeros(head_DW.shape, jnp.float32), x_BTD])
-    dhead_DW, (ce_BT, lse_BT, dx_BTD) = _over_chunks(
+    dhead_DW, (ce_BT, lse_BT, hit_BT, dx_BTD) = _over_chunks(
         chunk, start, (x_BTD, targets_BT, weights_BT), chunk_size
     )
     total = _total(ce_BT, lse_BT, weights_BT, options)
     dweights_BT = ce_BT + z_loss * jnp.square(lse_BT)
     like_head = jnp.zeros((), head_DW.dtype)
-    return (total, ce_BT, lse_BT), (dx_BTD, dhead_DW, dweights_BT, like_head)
+    return (total, ce_BT, lse_BT, hit_BT), (dx_BTD, dhead_DW, dweights_BT, like_head)
 
 
 def _loss_bwd(options, saved, cotangents):
@@ -75,7 +75,7 @@ _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
 def _logits(x_BCD, head_DW, targets_BC, options):
-    """Logits in float32, cross-entropy, log-sum-exp and whether a word is the target.
+    """Logits in float32, cross-entropy, log-sum-exp, hit, and whether a word is the target.
 
     The target is found by comparison, not by a gather: a gather from logits whose words are sharded
     would first collect them.
@@ -88,8 +88,9 @@ def _logits(x_BCD, head_DW, targets_BC, options):
     total_BC = jnp.sum(jnp.exp(logits_BCW - peak_BC[..., None]), axis=-1)
     lse_BC = peak_BC + jnp.log(total_BC)
     hot_BCW = targets_BC[..., None] == jnp.arange(head_DW.shape[1])
-    ce_BC = lse_BC - jnp.sum(jnp.where(hot_BCW, logits_BCW, 0.0), axis=-1)
-    return logits_BCW, ce_BC, lse_BC, hot_BCW
+    score_BC = jnp.sum(jnp.where(hot_BCW, logits_BCW, 0.0), axis=-1)
+    hit_BC = (score_BC >= peak_BC).astype(jnp.float32)
+    return logits_BCW, lse_BC - score_BC, lse_BC, hit_BC, hot_BCW
 
 
 def _total(ce_BT, lse_BT, weights_BT, options):

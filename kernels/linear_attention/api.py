@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from effarch.kernels import dispatch, recurrent_arguments
 from effarch.kernels.linear_attention import step
 
-BACKENDS = ("reference", "xla")
+BACKENDS = ("reference", "xla", "pallas_tpu")
 
 
 def linear_attention(
@@ -40,7 +40,8 @@ def linear_attention(
     The final state is the one after the row's last token that is not padding. It is float32
     (float64 for float64 inputs, which are computed in float64; all others in float32).
     chunk_size: tokens that the chunked backends treat at once, None for the device's best.
-    backend: "xla", "reference" (also for forward-mode derivatives) or None for the fastest.
+    backend: "xla", "reference" (also for forward-mode derivatives), "pallas_tpu" or None for the
+    fastest. On a TPU, bfloat16 inputs are multiplied in one pass; float32 inputs keep their digits.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     g, initial_state, segment_ids = (

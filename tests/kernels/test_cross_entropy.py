@@ -131,6 +131,17 @@ def test_log_sum_exp_of_each_token():
     assert distance(token["logsumexp"], expected) < 1e-6  # float32
 
 
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_a_hit_is_a_token_whose_best_word_is_the_target(backend):
+    x, table, targets, weights = inputs()
+    best = np.argmax(np.asarray(x) @ np.asarray(table).T, axis=-1)
+    targets = jnp.asarray(np.where(np.arange(T) % 2, best, targets))  # every second one is right
+    run = quick_jit(functools.partial(linear_cross_entropy, backend=backend))
+    hit = run(x, table.T, targets, weights)[1]["hit"]
+    np.testing.assert_array_equal(hit, best == targets)
+    assert 0 < hit.mean() < 1
+
+
 def compiled(gradient, dtype, shape=(2, 32, 16, 96), chunk_size=8):
     rows, length, width, words = shape
     arguments = (
@@ -180,7 +191,7 @@ def test_default_chunk_stays_within_its_budget(words, monkeypatch):
 
     def spy(x, head, targets, weights, options):
         seen.append(options[2])
-        return jnp.zeros(()), jnp.zeros(targets.shape), jnp.zeros(targets.shape)
+        return jnp.zeros(()), *[jnp.zeros(targets.shape)] * 3
 
     monkeypatch.setattr(xla, "_loss", spy)
     x, ids = jnp.zeros((4, 4096, 1)), jnp.zeros((4, 4096), jnp.int32)

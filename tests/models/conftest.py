@@ -26,6 +26,7 @@ PLAIN = {
     "linear_attention": dict(num_heads=2, feature_map="hedgehog", normalize=True, chunk_size=16),
     "mamba2": dict(head_dim=16, state_dim=8, **LEARNED),
     "retnet": dict(num_heads=2, **LEARNED),
+    "spark_attention": dict(num_heads=4, num_kv_heads=2, predictor_dim=4, num_keys=12),
 }
 """One variant of each kind, the one with most options: the plain run."""
 
@@ -44,6 +45,7 @@ MORE = {
     "latent_attention_no_rope": dict(
         num_heads=2, latent_dim=12, nope_dim=8, rope_dim=3, v_dim=8, rope=False
     ),
+    "spark_attention_window": dict(num_heads=2, num_keys=5, window=8),
     "linear_attention_taylor": dict(num_heads=4, feature_map="taylor", expand_v=2.0, **LEARNED),
 }
 

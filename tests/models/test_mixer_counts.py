@@ -44,6 +44,7 @@ PUBLISHED = {
         lambda d: d * 16 * 192 + d * (512 + 64) + 512 + 512 * 16 * (128 + 128) + 16 * 128 * d,
     ),
     "attention": (dict(num_heads=32), 2048, lambda d: 4 * d**2),
+    "spark_attention": (dict(num_heads=16, num_kv_heads=4), 2048, lambda d: 5 * d**2 // 2),
 }
 
 

@@ -61,7 +61,7 @@ def test_only_the_cache_of_softmax_attention_grows(mixer):
     short, long = (
         jax.tree.map(lambda x: x.shape, mixer.init_cache(2, length)) for length in (64, 4096)
     )
-    softmax = mixer.kind in ("attention", "latent_attention")
+    softmax = mixer.kind in ("attention", "latent_attention", "spark_attention")
     assert (short != long) == (softmax and "window" not in mixer.options)
 
 

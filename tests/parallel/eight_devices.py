@@ -27,6 +27,7 @@ LAYERS = {
     "gates": "kda/none + mamba2/none",
     "decays": "retnet/none + gla/none + latent_attention/none",
     "channels": "hgrn/none + hgrn2/none + delta_net/none",
+    "sparse": "spark_attention/spark_ffn + attention/sparse_glu",
 }
 VOCAB, ROWS, LENGTH, STEPS = 64, 8, 64, 4
 RATE = 0.5
@@ -37,7 +38,9 @@ def model_config(name):
     c.model.layers, c.model.depth, c.model.width = LAYERS[name], LAYERS[name].count("+") + 1, 64
     c.model.blocks.attention.update(num_heads=8, head_dim=8, qk_norm=True)
     c.model.blocks.gated_delta_net.update(num_heads=8, head_dim=8, expand_v=1.0, chunk_size=16)
-    c.model.blocks.glu.hidden = 64
+    c.model.blocks.glu.hidden = c.model.blocks.sparse_glu.hidden = 64
+    c.model.blocks.spark_attention.update(num_heads=8, head_dim=8, num_keys=12)
+    c.model.blocks.spark_ffn.hidden = 96
     c.model.blocks.kda.update(num_heads=8, head_dim=8, chunk_size=16)
     c.model.blocks.mamba2.update(head_dim=16, state_dim=8, chunk_size=16)
     for kind in ("retnet", "gla"):

@@ -69,7 +69,7 @@ def test_every_pair_of_axes(model):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["gates", "decays", "channels"])
+@pytest.mark.parametrize("model", ["gates", "decays", "channels", "sparse"])
 def test_every_mixer_with_time_or_heads_cut(model):
     meshes = ("context=8", "tensor=8", "data=2,context=4", "context=2,tensor=4")
     # The rate is too high for some of these models: their steps magnify rounding.

@@ -146,7 +146,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
 
 def test_bad_steps_in_a_row_end_the_run_with_a_list_of_batches(tiny, tmp_path, monkeypatch):
     tiny.train.max_bad_steps = 3
-    original = loop.pipeline.TrainBatches.rows
+    original = loop.batches.pipeline.TrainBatches.rows
 
     def poisoned(self, step, start, stop):
         batch = original(self, step, start, stop)
@@ -154,7 +154,7 @@ def test_bad_steps_in_a_row_end_the_run_with_a_list_of_batches(tiny, tmp_path, m
             batch["loss_weights"] = batch["loss_weights"] * np.float32(np.nan)
         return batch
 
-    monkeypatch.setattr(loop.pipeline.TrainBatches, "rows", poisoned)
+    monkeypatch.setattr(loop.batches.pipeline.TrainBatches, "rows", poisoned)
     with pytest.raises(loop.BadSteps, match=r"train\.max_bad_steps=3"):
         train(tiny, tmp_path)
     listed = json.loads((tmp_path / "bad_batches.json").read_text())["steps"]

@@ -3,23 +3,12 @@
 y = (act(x W_gate) * (x W_up)) W_down
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from effarch import names
 from effarch.models.context import Context
-from effarch.models.layers import linear
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    "sigmoid": jax.nn.sigmoid,
-}
+from effarch.models.layers import activations, linear
 
 
 class Glu(nnx.Module):
@@ -37,8 +26,8 @@ class Glu(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """`hidden` None: 8/3 of the width, rounded up to a multiple of 256 (as Llama does)."""
-        hidden = hidden or -(-int(width * 8 / 3) // 256) * 256
-        self.activation = names.lookup(ACTIVATIONS, activation, "glu.activation")
+        hidden = hidden or default_hidden(width)
+        self.activation = activations.make(activation, "glu.activation", param_dtype=param_dtype)
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.gate = linear.Linear(width, hidden, axes=("embed", "ffn"), **shared)
         self.up = linear.Linear(width, hidden, axes=("embed", "ffn"), **shared)
@@ -48,3 +37,8 @@ class Glu(nnx.Module):
         """Returns (y [B,T,D], aux)."""
         h_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(ctx.shard(h_BTF, "batch", "time", "ffn")), {}
+
+
+def default_hidden(width: int) -> int:
+    """8/3 of the width, rounded up to a multiple of 256."""
+    return -(-int(width * 8 / 3) // 256) * 256

@@ -45,6 +45,7 @@ class Moe(nnx.Module):
         top_k: int = 2,
         hidden: int | None = None,
         num_shared: int = 0,
+        shared_gate: bool = False,
         activation: str = "silu",
         router: str = "softmax_topk_renorm",
         num_groups: int = 1,
@@ -69,7 +70,8 @@ class Moe(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """`hidden` (F) is the width of one expert; None: the width. Shared experts are one ffn of width
-        `num_shared` * F. Router and losses: `experts/routers.py`, `experts/router_losses.py`; a
+        `num_shared` * F; `shared_gate` multiplies what they give by sigmoid(x w), a number a token
+        (Qwen2-MoE). Router and losses: `experts/routers.py`, `experts/router_losses.py`; a
         coefficient of 0 turns a loss off. `capacity_factor` None: no token is dropped. `top_k_schedule`
         ((step, experts), ...) holds before `top_k`: `experts/router_state.py`."""
         hidden = hidden or width
@@ -100,10 +102,14 @@ class Moe(nnx.Module):
             rngs=rngs,
         )
         self.make_experts(hidden, dict(activation=activation, backend=backend), shared)
-        self.num_shared = num_shared
+        self.num_shared, self.has_shared_gate = num_shared, shared_gate
         if num_shared:
             options = dict(hidden=num_shared * hidden, activation=activation)
             self.shared = glu.Glu(width, **options, **shared)
+            if shared_gate:
+                self.shared_gate = gated.TokenGate(
+                    width, init_std=init_std, param_dtype=param_dtype, rngs=rngs
+                )
 
     def make_experts(self, hidden: int, options: dict, shared: dict) -> None:
         """Sets `self.experts`; what a kind of experts replaces, with `routed`."""
@@ -116,7 +122,10 @@ class Moe(nnx.Module):
         routing = self.router(x_BTD, ctx)
         y_BTD, aux = self.routed(x_BTD, routing, ctx)
         if self.num_shared:
-            y_BTD = y_BTD + self.shared(x_BTD, ctx)[0]
+            shared_BTD = self.shared(x_BTD, ctx)[0]
+            if self.has_shared_gate:
+                shared_BTD = self.shared_gate(x_BTD) * shared_BTD
+            y_BTD = y_BTD + shared_BTD
         return y_BTD, aux | self._router_aux(routing, ctx)
 
     def routed(self, x_BTD: Float[Array, "B T D"], routing: routers.Routing, ctx: Context):

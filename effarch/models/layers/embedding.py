@@ -9,13 +9,14 @@ from effarch.models.context import Context
 
 
 class Embedding(nnx.Module):
-    """x = table[token].  W*D parameters, no FLOPs; table ~ N(0, init_std)."""
+    """x = scale * table[token].  W*D parameters, no FLOPs; table ~ N(0, init_std)."""
 
     def __init__(
         self,
         vocab_size: int,
         width: int,
         *,
+        scale: float = 1.0,
         init_std: float = 0.02,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
@@ -23,9 +24,10 @@ class Embedding(nnx.Module):
     ):
         table = init_std * jax.random.normal(rngs.params(), (vocab_size, width), param_dtype)
         self.table = nnx.Param(table, logical=("vocab", "embed"))
-        self.dtype = dtype
+        self.scale, self.dtype = scale, dtype
 
     def __call__(self, tokens_BT: Int[Array, "B T"], ctx: Context) -> Float[Array, "B T D"]:
         # A table split along its width would be gathered whole, token by token.
         table_WD = ctx.shard(self.table[...].astype(self.dtype), "vocab", None)
-        return jnp.take(table_WD, tokens_BT, axis=0)
+        x_BTD = jnp.take(table_WD, tokens_BT, axis=0)
+        return x_BTD if self.scale == 1.0 else self.scale * x_BTD

@@ -13,6 +13,8 @@ class Linear(nnx.Module):
 
     quantizer = None
     """What takes the place of the plain product; given by the builder."""
+    adapter = None
+    """What is added to it; given by the builder."""
 
     def __init__(
         self,
@@ -21,27 +23,36 @@ class Linear(nnx.Module):
         *,
         axes: tuple[str | None, str | None],
         head_dim: int = 1,
+        by_outputs: bool = False,
         use_bias: bool = False,
         init_std: float = 0.02,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """`head_dim`: what a mesh must not cut of the `heads` axis."""
-        shape = (in_features, out_features)
+        """`head_dim`: what a mesh must not cut of the `heads` axis. `by_outputs`: the kernel is kept as
+        [O, I], a contiguous row an output, for layers that read few of their outputs at a time."""
+        shape, step = (in_features, out_features), -1 if by_outputs else 1
         units = tuple(head_dim if axis == "heads" else 1 for axis in axes)
-        kernel = init_std * jax.random.normal(rngs.params(), shape, param_dtype)
-        self.kernel = nnx.Param(kernel, logical=axes, units=units)
+        kernel = init_std * jax.random.normal(rngs.params(), shape[::step], param_dtype)
+        self.kernel = nnx.Param(kernel, logical=axes[::step], units=units[::step])
         if use_bias:
             self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), logical=(axes[1],))
         self.use_bias = use_bias
-        self.sizes = shape
+        self.sizes, self.by_outputs = shape, by_outputs
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         product = matmul.matmul if self.quantizer is None else self.quantizer
-        y = product(x, self.kernel[...], dtype=self.dtype)
+        kernel = self.kernel[...].T if self.by_outputs else self.kernel[...]
+        y = product(x, kernel, dtype=self.dtype)
+        y = y if self.adapter is None else y + self.adapter(x)
         return y + self.bias[...].astype(y.dtype) if self.use_bias else y
+
+    def matrix(self) -> Float[Array, "I O"]:
+        """W as it is applied, its adapter included, for layers that take it apart."""
+        kernel = self.kernel[...].T if self.by_outputs else self.kernel[...]
+        return kernel if self.adapter is None else kernel + self.adapter.matrix()
 
     @property
     def product_sizes(self) -> tuple[tuple[int, int], ...]:

@@ -15,6 +15,7 @@ from effarch.models.mixers.latent_attention import LatentAttention
 from effarch.models.mixers.linear_attention import LinearAttention
 from effarch.models.mixers.mamba2 import Mamba2
 from effarch.models.mixers.retnet import RetNet
+from effarch.models.mixers.spark_attention import SparkAttention
 
 KINDS = {
     "attention": Attention,
@@ -28,4 +29,5 @@ KINDS = {
     "linear_attention": LinearAttention,
     "mamba2": Mamba2,
     "retnet": RetNet,
+    "spark_attention": SparkAttention,
 }

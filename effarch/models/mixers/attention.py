@@ -29,10 +29,12 @@ class Attention(nnx.Module):
         rope: bool = True,
         rope_theta: float = 10000.0,
         rope_fraction: float = 1.0,
+        rope_scaling: tuple = (),
         qk_norm: bool = False,
         qk_norm_whole: bool = False,
         window: int | None = None,
         softcap: float | None = None,
+        scale: float | None = None,
         use_gate: bool = False,
         backend: str | None = None,
         norm_eps: float = 1e-6,
@@ -43,13 +45,20 @@ class Attention(nnx.Module):
     ):
         """`window`: tokens each query sees, itself included. `qk_norm_whole`: the norms run over all
         heads together (OLMoE). None means: num_kv_heads = num_heads, head_dim = width / num_heads,
-        no window, no soft-cap, the fastest backend."""
+        no window, no soft-cap, scale = 1 / sqrt(K), the fastest backend. `rope_scaling`: the four
+        numbers of `rotary.stretched` (Llama 3.1)."""
         num_kv_heads = num_kv_heads or num_heads
         head_dim = head_dim or width // num_heads
         _check(width, num_heads, num_kv_heads, head_dim, rope, rope_fraction, window)
+        if rope_scaling and len(rope_scaling) != 4:
+            raise ValueError(
+                f"attention: rope_scaling={rope_scaling} must be (factor, low, high, length) or ()."
+            )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.rope, self.rope_theta, self.rope_fraction = rope, rope_theta, rope_fraction
-        self.window, self.softcap, self.backend, self.dtype = window, softcap, backend, dtype
+        self.rope_scaling = rope_scaling
+        self.window, self.softcap, self.scale = window, softcap, scale
+        self.backend, self.dtype = backend, dtype
         self.qk_norm, self.use_gate = qk_norm, use_gate
         self.qk_norm_whole = qk_norm_whole
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -71,7 +80,8 @@ class Attention(nnx.Module):
         """Returns (y [B,T,D], cache, aux)."""
         positions = ctx.token_positions(x_BTD)
         q, k, v = self._project(x_BTD, ctx, positions)
-        options = dict(window=self.window, softcap=self.softcap, backend=self.backend)
+        options = dict(window=self.window, softcap=self.softcap, scale=self.scale)
+        options |= dict(backend=self.backend)
         if cache is None:
             o = attend.attend(q, k, v, ctx, **options)
         else:
@@ -95,6 +105,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:
             turn = dict(theta=self.rope_theta, fraction=self.rope_fraction)
+            turn |= dict(scaling=self.rope_scaling)
             q, k = rotary.rotate(q, positions, **turn), rotary.rotate(k, positions, **turn)
         return q, k, v
 

@@ -101,7 +101,7 @@ class LatentAttention(nnx.Module):
 
     def _attend_cached(self, q_nope, q_rope, new, cache) -> Float[Array, "B T H V"]:
         """One key head for all queries: [c, rotary part]; its value is c."""
-        up = self.up.kernel[...].reshape(self.latent_dim, self.num_heads, -1).astype(self.dtype)
+        up = self.up.matrix().reshape(self.latent_dim, self.num_heads, -1).astype(self.dtype)
         k_up, v_up = jnp.split(up, [self.nope_dim], axis=-1)
         seen = kv_cache.joined(cache, new)
         latent = seen["latent"][:, :, None]

@@ -7,9 +7,9 @@ from jaxtyping import Array, Float
 
 from effarch import names
 from effarch.kernels.grouped_matmul import api as grouped_matmul
-from effarch.models.ffns import glu
 from effarch.models.ffns.experts import dispatch
 from effarch.models.ffns.experts.exchange import Exchange
+from effarch.models.layers import activations
 
 
 class Experts(nnx.Module):
@@ -36,7 +36,7 @@ class Experts(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.activation = names.lookup(glu.ACTIVATIONS, activation, "moe.activation")
+        self.activation = names.lookup(activations.FUNCTIONS, activation, "moe.activation")
         self.sizes, self.top_k, self.gated = (num_experts, width, hidden), top_k, gated
         self.backend, self.dtype = backend, dtype
 
@@ -98,3 +98,22 @@ class Experts(nnx.Module):
         """Weights of the experts that a token does not choose."""
         num_experts, width, hidden = self.sizes
         return (3 if self.gated else 2) * width * hidden * (num_experts - self.top_k)
+
+
+class TokenGate(nnx.Module):
+    """sigmoid(x w): one number a token.  D parameters, 2*D FLOPs per token."""
+
+    def __init__(
+        self, width: int, *, init_std: float = 0.02, param_dtype=jnp.float32, rngs: nnx.Rngs
+    ):
+        kernel = init_std * jax.random.normal(rngs.params(), (width, 1), param_dtype)
+        self.kernel = nnx.Param(kernel, logical=("embed", None))
+        self.width = width
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T 1"]:
+        z_BT1 = x_BTD.astype(jnp.float32) @ self.kernel[...].astype(jnp.float32)
+        return jax.nn.sigmoid(z_BT1).astype(x_BTD.dtype)
+
+    def forward_flops(self, seq_len: int) -> float:
+        """Per token; the sequence length does not matter."""
+        return 2.0 * self.width

@@ -14,9 +14,9 @@ from jaxtyping import Array, Int
 from effarch import names
 from effarch.kernels.grouped_matmul import api as grouped_matmul
 from effarch.kernels.grouped_matmul import rows
-from effarch.models.ffns import glu
 from effarch.models.ffns.experts import dispatch
 from effarch.models.ffns.experts.exchange import Exchange
+from effarch.models.layers import activations
 
 
 class LatentExperts(nnx.Module):
@@ -45,7 +45,7 @@ class LatentExperts(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.activation = names.lookup(glu.ACTIVATIONS, activation, "mole.activation")
+        self.activation = names.lookup(activations.FUNCTIONS, activation, "mole.activation")
         self.sizes = (num_experts, width, hidden, latent)
         self.num_groups, self.group_size = num_experts // group_size, group_size
         self.top_k, self.groups_per_token = top_k, groups_per_token

@@ -1,0 +1,1 @@
+"""Scoring texts and continuations with a run, for suites of others."""

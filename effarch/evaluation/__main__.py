@@ -1,0 +1,50 @@
+"""Runs tasks of lm-evaluation-harness on a run.
+
+Usage: python -m effarch.evaluation --run=FOLDER --tasks=NAME[,NAME ...]
+
+Examples:
+  python -m effarch.evaluation --run=runs/mine --tasks=lambada_openai,piqa
+  python -m effarch.evaluation --run=runs/mine --tasks=wikitext --max_length=2048 --limit=100
+
+Prints the results as one JSON object. Needs `pip install 'effarch[hub]'`; the tasks fetch their data.
+"""
+
+import json
+
+from absl import flags
+
+from effarch import command_line
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("run", None, "The run's folder.")
+flags.DEFINE_list("tasks", [], "Names of tasks.")
+flags.DEFINE_integer("step", None, "Evaluate the checkpoint of this step (default: the newest).")
+flags.DEFINE_integer("max_length", None, "Tokens seen at most (default: the run's data.seq_len).")
+flags.DEFINE_integer("batch_size", 16, "Rows of one call.", 1)
+flags.DEFINE_integer("limit", None, "Only so many examples of each task.")
+flags.DEFINE_integer("num_fewshot", None, "Examples in the prompt (default: the task's own).")
+
+
+def main() -> int:
+    with command_line.user_errors(ValueError, OSError, ImportError):
+        run = command_line.required("run")
+        tasks = command_line.required("tasks")
+        results = _run(run, tasks)
+    print(json.dumps(results, indent=1, default=str))
+    return 0
+
+
+def _run(run: str, tasks: list[str]) -> dict:
+    from effarch.evaluation import harness
+
+    options = dict(step=FLAGS.step, max_length=FLAGS.max_length, batch_size=FLAGS.batch_size)
+    model = harness.model(run, **options)
+    import lm_eval
+
+    shots = dict(num_fewshot=FLAGS.num_fewshot, limit=FLAGS.limit)
+    return lm_eval.simple_evaluate(model=model, tasks=tasks, **shots)["results"]
+
+
+if __name__ == "__main__":
+    command_line.run(main, usage=__doc__)

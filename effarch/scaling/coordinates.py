@@ -1,0 +1,95 @@
+"""Coordinate checks: how large what each layer adds is, after a few steps, at several widths.
+
+Under a parametrization that transfers (effarch/scaling/mup.py) the sizes do not depend on the width; in
+the standard one they grow with it (arXiv 2203.03466, figure 5).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from effarch import config_check
+from effarch.models import language_model, parameters
+from effarch.models.context import Context
+from effarch.parallel import mesh as mesh_lib
+from effarch.training import setup
+
+
+def record(
+    config, *, steps: Sequence[int] = (1, 2, 5), vocab_size: int = 64, seed: int = 0
+) -> dict[int, dict[str, float]]:
+    """{step: {"layers/0": mean |x|, ..., "logits": mean |x|}} of a model trained on one random batch.
+
+    A layer's x is what it adds to the stream, on the batch it is trained on; logits are float32.
+    """
+    config = config_check.finish(config, num_devices=jax.device_count())
+    mesh = mesh_lib.make(mesh_lib.resolve(config.mesh, jax.device_count()))
+    plan = setup.on_mesh(config, mesh, vocab_size=vocab_size)
+    batch = plan.feeder(_batch(config.data.batch_size, config.data.seq_len, vocab_size, seed))
+    state, train, measure = plan.init(), plan.train_step(quantized=False), _measure(plan)
+    key = jax.random.key(seed)
+    found = {}
+    for step in range(1, max(steps) + 1):
+        state, _ = train(state, batch, key)
+        if step in steps:
+            now = jax.device_get(measure(state, batch["inputs"]))
+            found[step] = {name: float(value) for name, value in now.items()}
+    return found
+
+
+def spread(records: Sequence[dict[int, dict[str, float]]]) -> dict[tuple[int, str], float]:
+    """Largest / smallest over the widths of every coordinate, by step and name."""
+    return {
+        (step, name): max(one[step][name] for one in records)
+        / min(one[step][name] for one in records)
+        for step in records[0]
+        for name in records[0][step]
+    }
+
+
+def sizes(model: language_model.LanguageModel, tokens_BT: jax.Array) -> dict[str, jax.Array]:
+    """Mean magnitude of what each layer adds to the stream, and of the logits."""
+    ctx = Context(train=False)
+    x_BTD = model.embed(tokens_BT, ctx)
+    found = {}
+    for run in model.runs:
+        split = {name: nnx.split(model.layers[name]) for name in run}
+        for repeat in range(len(parameters.stack_layers(run[0]))):
+            for name in run:
+                graphdef, state = split[name]
+                one = jax.tree.map(lambda leaf: leaf[repeat], nnx.to_pure_dict(state))  # noqa: B023
+                y_BTD, _, _ = nnx.merge(graphdef, one)(x_BTD, ctx, None)
+                layer = parameters.stack_layers(name)[repeat]
+                found[f"layers/{layer}"] = jnp.mean(jnp.abs(y_BTD - x_BTD))
+                x_BTD = y_BTD
+    x_BTD = model.final_norm(x_BTD) if model.final_norm is not None else x_BTD
+    found["logits"] = jnp.mean(jnp.abs(model.logits(model.logit_scale * x_BTD)))
+    return found
+
+
+def _measure(plan: setup.Setup):
+    """(state, tokens) -> `sizes`, compiled once."""
+    blueprint = plan.plan
+    probes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), blueprint.probes)
+
+    def measure(state, tokens):
+        parts = (state.params, probes, state.model_state)
+        return sizes(nnx.merge(blueprint.graphdef, *parts), tokens)
+
+    return jax.jit(measure)
+
+
+def _batch(rows: int, length: int, vocab_size: int, seed: int):
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(0, vocab_size, (rows, length + 1)).astype(np.int32)
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.ones((rows, length), np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "loss_weights": np.ones((rows, length), np.float32),
+    }
+    return lambda start, stop: {name: array[start:stop] for name, array in batch.items()}

@@ -1,0 +1,5 @@
+"""Linear attention on TPUs: `forward` and `backward` are one kernel each, for both kinds of decay."""
+
+from effarch.kernels.linear_attention.pallas_tpu.rule import linear_attention
+
+__all__ = ["linear_attention"]

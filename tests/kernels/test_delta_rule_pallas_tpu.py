@@ -1,0 +1,220 @@
+"""The delta rule's TPU kernels, run by the interpreter and judged by the recurrence in float64.
+
+Where the interpreter finds memory that nothing has written, it reads NaN, so a kernel that forgets an
+output or reads one too early fails every comparison here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effarch.kernels import dispatch, gated_delta_rule
+from effarch.kernels.delta_rule import pallas_tpu
+
+B, T, H, HV, K, V, CHUNK = 2, 77, 1, 2, 24, 40, 32
+NAMES = ("q", "k", "v", "beta", "g", "initial_state")
+CHANNELS = pytest.param("channel", marks=[pytest.mark.slow, pytest.mark.ci])
+
+# Padding in front, between and behind (also a chunk of nothing else), documents of one token (also
+# with an id that came before), a boundary on the edge of chunks (32), a document over two chunks.
+SEGMENTS = np.array(
+    [
+        [0] * 2 + [7] * 5 + [3] + [7] + [0] * 3 + [4] * 20 + [2] * 20 + [1] + [9] * 4 + [0] * 20,
+        [5] * 64 + [6] * 13,
+    ],
+    np.int32,
+)
+
+
+def relative_rms(actual, expected) -> float:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return np.sqrt(np.mean((actual - expected) ** 2)) / np.sqrt(np.mean(expected**2))
+
+
+def make_inputs(kind, gate="head", sizes=(B, T, H, HV, K, V)):
+    """q, k, v, beta, g and an initial state, float32; some beta are 0."""
+    batch, length, heads, value_heads, width, value_width = sizes
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, batch, length, heads, width))
+    v = rng.standard_normal((batch, length, value_heads, value_width))
+    beta = 2 / (1 + np.exp(-rng.standard_normal((batch, length, value_heads))))
+    g = -np.exp(rng.standard_normal((batch, length, value_heads, width)) - 1.5)
+    if kind == "identical keys":
+        k, beta, g = np.broadcast_to(k[:, :1], k.shape), np.full_like(beta, 0.99), 0.01 * g
+    if kind == "similar keys":  # their cosine is about 0.92
+        k, beta, g = k[:, :1] + 0.3 * k, np.full_like(beta, 0.95), 0.02 * g
+    if kind == "similar keys, beta 1.9":
+        k, beta, g = k[:, :1] + 0.3 * k, np.full_like(beta, 1.9), 0.02 * g
+    if kind == "strong decay":
+        g = np.full_like(g, -20.0)
+    if kind == "mixed decay":
+        g = rng.choice([0.0, -0.01, -1.0, -20.0, -1e4], size=g.shape)
+    beta[:, 5::9] = 0
+    g = g if gate == "channel" else g[..., 0]
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    state = rng.standard_normal((batch, value_heads, width, value_width))
+    return tuple(x.astype(np.float32) for x in (q, k, v, beta, g, state))
+
+
+KINDS = (
+    "random",
+    "identical keys",
+    "similar keys",
+    "similar keys, beta 1.9",
+    "strong decay",
+    "mixed decay",
+)
+
+
+def forward_backward(rule, *inputs):
+    """o, the final state and the gradients of all inputs, by name, for fixed cotangents."""
+    outputs, pull = jax.vjp(rule, *inputs)
+    gradients = pull(tuple(wave(x.shape).astype(x.dtype) for x in outputs))
+    return dict(zip(("o", "final_state", *NAMES), (*outputs, *gradients)))
+
+
+def wave(shape):
+    return jnp.cos(1.7 * jnp.arange(np.prod(shape), dtype=jnp.float32) ** 1.1).reshape(shape)
+
+
+def on_tpu(q, k, v, beta, g=None, state=None, *, segments=None, chunk_size=CHUNK, **options):
+    options |= dict(initial_state=state, segment_ids=segments, chunk_size=chunk_size)
+    scale = q.shape[-1] ** -0.5
+    return pallas_tpu.gated_delta_rule(q, k, v, beta, g, scale=scale, interpret=True, **options)
+
+
+def recurrence(q, k, v, beta, g=None, state=None, *, segments=None):
+    options = dict(initial_state=state, segment_ids=segments)
+    return gated_delta_rule(q, k, v, beta, g, backend="reference", **options)
+
+
+packed = jax.jit(functools.partial(forward_backward, functools.partial(on_tpu, segments=SEGMENTS)))
+_judge = jax.jit(
+    functools.partial(forward_backward, functools.partial(recurrence, segments=SEGMENTS))
+)
+
+
+def judge(inputs, run=_judge):
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, run(*(np.float64(x) for x in inputs)))
+
+
+def assert_close(actual, expected, bound):
+    for name in expected:
+        error = relative_rms(actual[name], expected[name])
+        assert error <= bound, f"{name}: {error:.1e} > {bound}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gate", ["head", CHANNELS])
+def test_float32_equals_the_recurrence(kind, gate):
+    """Documents, padding, an entering state, two value heads a key head, a last chunk half full."""
+    inputs = make_inputs(kind, gate)
+    assert_close(packed(*inputs), judge(inputs), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bound"),
+    # What the rounding of factors that carry a decay or beta costs: their errors do not cancel in
+    # sums over keys that are alike.
+    [("random", 8e-3), ("similar keys", 2e-2), ("identical keys", 4e-2), ("strong decay", 8e-3)],
+)
+@pytest.mark.parametrize("gate", ["head", CHANNELS])
+def test_bfloat16_is_as_good_as_its_factors(kind, bound, gate):
+    *inputs, beta, g, state = make_inputs(kind, gate)
+    inputs = [x.astype(jnp.bfloat16) for x in inputs]
+    actual = packed(*inputs, beta, g, state)
+    assert actual["o"].dtype == jnp.bfloat16 and actual["final_state"].dtype == jnp.float32
+    assert_close(actual, judge([*(x.astype(np.float32) for x in inputs), beta, g, state]), bound)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_precise_factors_keep_what_alike_keys_lose(gate):
+    *inputs, beta, g, state = make_inputs("similar keys", gate)
+    inputs = [x.astype(jnp.bfloat16) for x in inputs] + [beta, g, state]
+    expected = judge([np.float32(x) for x in inputs])["final_state"]
+    errors = []
+    for precise in (False, True):
+        run = jax.jit(functools.partial(on_tpu, segments=SEGMENTS, precise=precise))
+        errors.append(relative_rms(run(*inputs)[1], expected))
+    assert errors[1] <= 5e-3 and errors[1] <= 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("gate", ["head", CHANNELS])
+def test_two_runs_are_bit_equal_and_padding_is_ignored(gate):
+    *inputs, state = make_inputs("random", gate)
+    padding = SEGMENTS == 0
+    spoilt = [np.where(padding.reshape(B, T, *(1,) * (x.ndim - 2)), -99, x) for x in inputs]
+    first = packed(*inputs, state)
+    for again in (packed(*inputs, state), packed(*(np.float32(x) for x in spoilt), state)):
+        jax.tree.map(np.testing.assert_array_equal, again, first)
+    assert all(np.all(np.asarray(first[name])[padding] == 0) for name in ("o", *NAMES[:-1]))
+
+
+def test_another_platform_is_refused():
+    inputs = make_inputs("random")
+    with pytest.raises(dispatch.Unsupported, match=r"'pallas_tpu'.*runs on TPUs.* for cpu"):
+        gated_delta_rule(*inputs[:5], backend="pallas_tpu")
+
+
+def test_what_the_kernels_do_not_treat_is_refused():
+    q, k, v, beta, g, _ = make_inputs("random")
+    wide = np.zeros((B, T, H, 300), np.float32)
+    with pytest.raises(dispatch.Unsupported, match="heads of 300 and 40 are wider than 256"):
+        on_tpu(wide, wide, v, beta, g)
+    with jax.enable_x64(True), pytest.raises(dispatch.Unsupported, match="float64"):
+        on_tpu(*(np.float64(x) for x in (q, k, v, beta, g)))
+
+
+# The rest of the matrix: other sizes, no gate, no state, whole documents.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+@pytest.mark.parametrize(
+    ("sizes", "chunk"),
+    [
+        ((1, 130, 2, 2, 16, 16), 64),  # a key head a value head
+        ((1, 33, 8, 8, 128, 128), 32),  # two groups of heads
+        ((2, 40, 2, 4, 130, 140), 32),  # keys and values that take 256 lanes
+        ((1, 200, 1, 1, 128, 128), None),  # chunks of 128
+    ],
+)
+def test_other_sizes_without_documents(sizes, chunk, gate):
+    *inputs, g, _ = make_inputs("random", gate, sizes)
+    inputs += [] if gate == "none" else [g]
+    run = jax.jit(functools.partial(forward_backward, functools.partial(on_tpu, chunk_size=chunk)))
+    expected = judge(inputs, jax.jit(functools.partial(forward_backward, recurrence)))
+    assert_close(run(*inputs), expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_scan_checkpoint_and_splitting(gate):
+    """Two layers by scan, recomputed in the backward pass; a row cut in two with the state carried."""
+    *inputs, state = make_inputs("random", gate)
+
+    def loss(v, rule):
+        q, k, _, beta, g = inputs
+
+        def layer(v, _):
+            return rule(q, k, v, beta, g)[0], None
+
+        return jnp.sum(jnp.sin(jax.lax.scan(jax.checkpoint(layer), v, length=2)[0]))
+
+    actual, expected = (
+        jax.jit(jax.grad(functools.partial(loss, rule=rule)))(inputs[2])
+        for rule in (on_tpu, recurrence)
+    )
+    assert relative_rms(actual, expected) <= 1e-5
+    run = jax.jit(on_tpu)
+    o, final = run(*inputs, state)
+    o_head, middle = run(*(x[:, :50] for x in inputs), state)
+    o_tail, final_of_tail = run(*(x[:, 50:] for x in inputs), middle)
+    assert relative_rms(np.concatenate([o_head, o_tail], 1), o) <= 2e-6
+    assert relative_rms(final_of_tail, final) <= 2e-6

@@ -1,0 +1,42 @@
+"""Every notebook is stored without outputs, begins alike, and runs on a CPU in under three minutes."""
+
+import json
+import pathlib
+import time
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_without_outputs(path):
+    content = json.loads(path.read_text())
+    code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+    assert code[0]["source"] == _setup()
+    assert content["cells"][0]["cell_type"] == "markdown"
+    for cell in code:
+        compile("".join(cell["source"]), path.name, "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_in_under_three_minutes(path):
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    notebook = nbformat.read(path, as_version=4)
+    start = time.monotonic()
+    nbclient.NotebookClient(
+        notebook, timeout=180, resources={"metadata": {"path": str(FOLDER)}}
+    ).execute()
+    assert time.monotonic() - start < 180
+
+
+def _setup() -> list[str]:
+    """The first code cell, which is the same in all."""
+    cells = json.loads(NOTEBOOKS[0].read_text())["cells"]
+    return next(cell["source"] for cell in cells if cell["cell_type"] == "code")

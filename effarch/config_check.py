@@ -56,7 +56,6 @@ NOT_NEGATIVE = (
     "train.spike_factor",
 )
 CHOICES = {
-    "data.task.name": ("none", *tasks.KINDS),
     "model.dtype": ("auto", *build.DTYPES),
     "model.param_dtype": tuple(build.DTYPES),
     "model.scan": ("auto", "always", "never"),
@@ -73,6 +72,8 @@ def finish(config: ConfigDict, *, num_devices: int | None = None):
     checked = config_lib.from_json(config_lib.to_json(config))
     _check_fields(checked, config_lib.default(), "")
     _check_blocks(checked)
+    known = dict.fromkeys(("none", *tasks.KINDS))
+    names.lookup(known, checked.data.task.name, "data.task.name")
     for field in POSITIVE:
         _require(_get(checked, field) > 0, field, checked, "must be above 0")
     for field in NOT_NEGATIVE:

@@ -46,8 +46,8 @@ def main() -> int:
         from effarch.parallel import multihost
         from effarch.training import checkpoints, freed_memory, loop, run_folder, setup
 
-        multihost.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         freed_memory.keep()
+        multihost.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         plan = setup.prepare(config)
         folder = pathlib.Path(FLAGS.workdir or pathlib.Path("runs") / plan.name)
         multihost.on_first(

@@ -34,7 +34,7 @@ def get_config(arg=""):
     c.log.tensorboard = False
     c.log.sample_prompts = ()
     if names.lookup({"text": True, "recall": False}, switches["data"], "data"):
-        c.data.tokenizer = "bytes"
+        c.data.tokenizer, c.data.val_permille = "bytes", 20
         c.data.seq_len, c.data.batch_size, c.train.num_steps = 256, 8, 400
     else:
         c.data.task.name = "mqar"

@@ -136,7 +136,7 @@ def _seeds(table: dict, share: int) -> str:
 def _verdict(tables: dict, found: list[dict]) -> str:
     minutes = sum(run["seconds"] for run in found) / 60
     loss, recall = ([_mean(tables[data], share) for share in SHARES] for data in DATA)
-    start = f"{len(found)} runs, {minutes:.0f} minutes in all. "
+    start = f"{len(found)} runs, {minutes:.0f} min in all. "
     if None in loss or None in recall:
         return start + "No verdict yet: no mixer has every share."
     hybrids = loss[1:-1]
@@ -144,8 +144,8 @@ def _verdict(tables: dict, found: list[dict]) -> str:
     steps = np.diff(recall[:-1])
     largest = int(np.argmax(steps))
     rises = all(step > -FLAT for step in steps)
-    worst = [name for name, index in (("pure recurrence", 0), ("attention alone", -1))]
-    beaten = [name for name, index in zip(worst, (0, -1)) if min(hybrids) < loss[index]]
+    ends = {"pure recurrence": loss[0], "attention alone": loss[-1]}
+    beaten = [name for name, end in ends.items() if min(hybrids) < end]
     return start + (
         f"**Verdict.** Loss over the hybrid shares differs by {100 * spread:.1f}% in the mean of the "
         f"mixers: {'flat' if spread <= FLAT else 'not flat'} by the claim's 1%. Recall "

@@ -136,6 +136,8 @@ def _verdict(cells: dict, found: list[dict]) -> str:
             if {(higher, head_dim), (lower, head_dim)} <= mean.keys():
                 gap = mean[higher, head_dim] - mean[lower, head_dim]
                 (holds if gap > -TIE else fails).append((higher, lower, head_dim, gap))
+    if not holds and not fails:
+        return f"{len(found)} runs. No verdict yet: no two mixers to compare at equal state size."
     grows = [
         (mixer, small, large)
         for mixer in RECURRENT
@@ -146,9 +148,9 @@ def _verdict(cells: dict, found: list[dict]) -> str:
     attention = [value for (mixer, _), value in mean.items() if mixer == "attention"]
     best = max((value for (mixer, _), value in mean.items() if mixer != "attention"), default=None)
     parts = [
-        f"{len(found)} runs, {sum(run['seconds'] for run in found) / 60:.0f} minutes in all. "
+        f"{len(found)} runs, {sum(run['seconds'] for run in found) / 60:.0f} min in all. "
         f"**Verdict.** Of the {len(holds) + len(fails)} orders expected at equal state size "
-        f"{len(holds)} are found."
+        f"{len(holds)} are found, ties within {TIE} included."
     ]
     if fails:
         worst = "; ".join(
@@ -178,6 +180,9 @@ def _draw(found: list[dict]) -> None:
             if points:
                 panel.plot(*zip(*points), marker="o", ms=4, label=mixer)
         panel.set(xscale="log", title=f"{num} pairs", xlabel="numbers in the state", ylim=(0, 1.02))
+        panel.minorticks_off()
+        sizes = [state_size("", head_dim) for head_dim in sorted(HEAD_DIMS)]
+        panel.set_xticks(sizes, labels=map(str, sizes))
     axes[0].set_ylabel("accuracy")
     axes[-1].legend(frameon=False, fontsize=8)
     (HERE / "figures").mkdir(exist_ok=True)

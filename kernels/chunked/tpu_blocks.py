@@ -3,11 +3,16 @@
 `at(n)` is the chunk of step n. Legend as in `tpu_rows`.
 """
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 
+import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.chunked.tpu_rows import Plan
 
 At = Callable
@@ -51,8 +56,45 @@ def load_state(plan: Plan, source, target, row, group) -> None:
     pltpu.sync_copy(source.at[pl.ds(row, 1), pl.ds(group * plan.heads, plan.heads)], target)
 
 
-def compiler_params() -> pltpu.CompilerParams:
-    """Steps in order; rows and groups of heads in any. Room for the blocks of 2048 lanes, twice."""
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=60 * 2**20
-    )
+def whole() -> pl.BlockSpec:
+    """An array that stays in slow memory; a kernel copies what it wants."""
+    return pl.BlockSpec(memory_space=pl.ANY)
+
+
+def call(
+    kernel: Callable,
+    plan: Plan,
+    grid: tuple[int, int, int],
+    inputs: Sequence[tuple[pl.BlockSpec, jax.Array]],
+    outputs: Sequence[tuple[pl.BlockSpec, Sequence[int], jnp.dtype]],
+    *,
+    flops: int,
+    name: str,
+    scratch: Sequence = (),
+) -> list[jax.Array]:
+    """Runs `kernel(plan, *refs)` for all rows, groups of heads (in any order) and steps (in order).
+
+    The first input is q. `flops` are those of a token and value head, for XLA's schedule.
+    """
+    arrays = [array for _, array in inputs]
+    shapes = [tpu_rows.shape_like(shape, dtype, arrays[0]) for _, shape, dtype in outputs]
+    count = arrays[0].size // plan.key * plan.group
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *shapes))
+    return pl.pallas_call(
+        functools.partial(kernel, plan),
+        grid=grid,
+        in_specs=[spec for spec, _ in inputs],
+        out_specs=[spec for spec, _, _ in outputs],
+        out_shape=shapes,
+        scratch_shapes=scratch,
+        # Room for the blocks of 2048 lanes, twice.
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=60 * 2**20,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=count * flops, transcendentals=count * plan.chunk, bytes_accessed=moved
+        ),
+        interpret=plan.interpret,
+        name=name,
+    )(*arrays)

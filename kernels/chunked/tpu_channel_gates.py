@@ -31,7 +31,7 @@ class ChannelGates:
         chunk = plan.chunk
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), x) for x in (0, 1))
         self.distance = jnp.where(row > column, row ^ column, 0)
-        self.distance_above = jnp.where(column > row, row ^ column, 0)
+        self._meets = {}
         self.is_diagonal = row == column
         self._plan, self._columns, self._beta = plan, marks.T, beta
         self._beta_columns = None if beta is None else beta.T
@@ -74,13 +74,15 @@ class ChannelGates:
         """What `HeadGates.parts` gives; carry is [K,V]."""
         dtype, weights = q.dtype, self.weights(head)
         attend, *lower = yield from self._pairs((q, k) if corrects else (q,), k, sums)
-        attend = (attend * weights).astype(dtype)
+        attend = tpu_heads.narrow(attend * weights, dtype, self._plan.precise)
         yield
         read = self.read(sums)
         q_read = (q * read).astype(dtype)
         solving = (lower[0] * weights, (k * read).astype(dtype)) if corrects else ()
         yield
-        k_written = (k * self.write(sums, head)).astype(dtype).T
+        k_written = tpu_heads.split(k * self.write(sums, head), dtype)
+        k_written = k_written[: 2 if self._plan.precise else 1]
+        k_written = jnp.concatenate([part.T for part in k_written], 1)
         yield
         return attend, q_read, k_written, self.carry_column(sums), *solving
 
@@ -93,16 +95,18 @@ class ChannelGates:
         found[0] = [alone[tile : tile + TILE] for tile in tiles]
         yield
         for half in halves(chunk):
-            decay = to_border(sums, half)
-            rights = right_tiles(chunk, half)
-            met = [x * decay for x in readers]
-            rows = jnp.concatenate([x[tile : tile + TILE] for x in met for tile in rights])
-            products = dot_transposed(rows.astype(dtype), (k * decay).astype(dtype))
+            decay = to_border(sums, half).astype(dtype)
+            rights, _ = _right_and_left(chunk, half)
+            rows = jnp.concatenate([(x * decay)[span] for x in readers for span in rights])
+            products = dot_transposed(rows, k * decay)
             yield
-            for i, tile in enumerate(rights):
+            right_tiles = [
+                tile for span in rights for tile in tiles[span.start // TILE : span.stop // TILE]
+            ]
+            for i, tile in enumerate(right_tiles):
                 # Pairs that meet at a longer distance are overwritten later.
                 meets = self.distance[tile : tile + TILE] >= half
-                for kind, first in zip(found, range(0, products.shape[0], len(rights) * TILE)):
+                for kind, first in zip(found, range(0, products.shape[0], len(right_tiles) * TILE)):
                     new = products[first + i * TILE : first + (i + 1) * TILE]
                     kind[tile // TILE] = jnp.where(meets, new, kind[tile // TILE])
         return [jnp.concatenate(kind) for kind in found]
@@ -114,22 +118,20 @@ class ChannelGates:
         i > j count.
         """
         chunk, dtype, count = k.shape[0], k.dtype, len(readers)
-        transposed = jnp.concatenate([d.T for d in d_products], 1)
-        stacked = jnp.concatenate(d_products)
+        transposed = [d.T for d in d_products]
         d_readers, d_writer = list(d_readers), jnp.zeros(k.shape, jnp.float32)
         yield
         for half in halves(chunk):
             decay = to_border(sums, half)
-            k_met, *met = ((x * decay).astype(dtype) for x in (k, *readers))
+            k_met, *met = (x * decay.astype(dtype) for x in (k, *readers))
             rights, lefts = _right_and_left(chunk, half)
-            below = [self._meets(self.distance, span, half) for span in rights]
-            rows = [stacked[i * chunk :][span] for i in range(count) for span in rights]
-            rows = [jnp.where(is_met, x, 0) for is_met, x in zip(below * count, rows)]
+            below, above = self._meets[half]
+            rows = [d[span] * below[span] for d in d_products for span in rights]
             reads = dot(jnp.concatenate(rows), k_met)
-            above = [self._meets(self.distance_above, span, half) for span in lefts]
-            rows = [transposed[span] for span in lefts]
-            rows = [jnp.where(jnp.concatenate([x] * count, 1), y, 0) for x, y in zip(above, rows)]
-            writes = dot(jnp.concatenate(rows), jnp.concatenate(met))
+            rows = [d[span] * above[span] for d in transposed for span in lefts]
+            rows = [rows[i :: len(lefts)] for i in range(len(lefts))]
+            rows = jnp.concatenate([jnp.concatenate(row, 1) for row in rows])
+            writes = dot(rows, jnp.concatenate(met))
             yield
             size = reads.shape[0] // count
             for i in range(count):
@@ -139,8 +141,13 @@ class ChannelGates:
             yield
         return d_readers, d_writer
 
-    def _meets(self, distance, span, half):
-        return (distance[span] >= half) & (distance[span] < 2 * half)
+    def prepare_to_pull_back(self, dtype) -> None:
+        """Masks [C,C] of the pairs that meet at each level, and their transposes."""
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, self.distance.shape, x) for x in (0, 1))
+        above = jnp.where(column > row, row ^ column, 0)
+        for half in halves(self._plan.chunk):
+            is_met = ((x >= half) & (x < 2 * half) for x in (self.distance, above))
+            self._meets[half] = [jnp.where(x, 1.0, 0.0).astype(dtype) for x in is_met]
 
 
 def gates(sums_ref, beta: jax.Array | None, marks: jax.Array, plan: tpu_rows.Plan):
@@ -153,11 +160,6 @@ def gates(sums_ref, beta: jax.Array | None, marks: jax.Array, plan: tpu_rows.Pla
 def halves(chunk: int) -> list[int]:
     """1, 2, 4 ... C/2."""
     return [2**level for level in range(chunk.bit_length() - 1)]
-
-
-def right_tiles(chunk: int, half: int) -> list[int]:
-    """The first rows of the tiles that hold tokens of right halves."""
-    return [tile for tile in range(0, chunk, TILE) if half < TILE or tile // half % 2]
 
 
 def _right_and_left(chunk: int, half: int) -> tuple[list[slice], list[slice]]:
@@ -182,7 +184,7 @@ def _add_rows(x, spans, factor, addition):
 
 def to_border(sums: Sequence[jax.Array], half: int) -> jax.Array:
     """e [C,K]: the decay between each token and the border of the halves of `half` tokens beside it."""
-    return jnp.exp2(-jnp.abs(_total([_gap_to_border(part, half) for part in sums])))
+    return jnp.exp2(_total([_gap_to_border(part, half) for part in sums]))
 
 
 def summed(g: jax.Array, dtype, plan: tpu_rows.Plan) -> jax.Array:
@@ -218,14 +220,20 @@ def sums_of(sums_ref, head: int, plan: tpu_rows.Plan) -> list[jax.Array] | None:
 
 
 def _gap_to_border(part, half):
-    span = max(2 * half, TILE)
-    groups = part.reshape(-1, span, part.shape[1])
+    """-|G - G_m|, from the sign that it has on each side."""
+    if half >= TILE:
+        groups = part.reshape(-1, 2 * half, part.shape[1])
+        border = groups[:, half - 1 : half]
+        sides = [border - groups[:, :half], groups[:, half:] - border]
+        return jnp.concatenate(sides, 1).reshape(part.shape)
+    groups = part.reshape(-1, TILE, part.shape[1])
+    row = jax.lax.broadcasted_iota(jnp.int32, (1, TILE, part.shape[1]), 1)
     border = groups[:, half - 1 : half]
-    row = jax.lax.broadcasted_iota(jnp.int32, (1, span, part.shape[1]), 1)
-    for start in range(2 * half, span, 2 * half):
+    for start in range(2 * half, TILE, 2 * half):
         last = start + half - 1
         border = jnp.where(row >= start, groups[:, last : last + 1], border)
-    return (groups - border).reshape(part.shape)
+    sign = jnp.where(row // half % 2 == 1, 1.0, -1.0)
+    return ((groups - border) * sign).reshape(part.shape)
 
 
 def _total(parts):

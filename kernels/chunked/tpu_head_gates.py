@@ -50,22 +50,23 @@ class HeadGates:
     def parts(self, q, k, head: int, sums, corrects: bool):
         """What a chunk of one head, q and k [C,K], is to the state, in stages.
 
-        P, read Q, (write K)^T in the dtype of q and carry, [1,V] or [K,V]; with `corrects` also L, in
-        float32, and read K. `sums` is for decays per channel.
+        P, read Q, (write K)^T in the dtype of q (P and the last by `tpu_heads.narrow`) and carry, [1,V]
+        or [K,V]; with `corrects` also L, in float32, and read K. `sums` is for decays per channel.
         """
         del sums
         dtype, (chunk, width) = q.dtype, q.shape
         products = dot_transposed(jnp.concatenate([q, k]) if corrects else q, k)
         yield
         pairs, read = self.pairs_and_read(head)
-        attend = (products[:chunk] * pairs).astype(dtype)
+        attend = tpu_heads.narrow(products[:chunk] * pairs, dtype, self._plan.precise)
         yield
         q_read = (q * read[:, :width]).astype(dtype)
         solving = ()
         if corrects:
             solving = products[chunk:] * pairs, (k * read[:, :width]).astype(dtype)
         yield
-        k_written = (k.T * self._write[head : head + 1]).astype(dtype)
+        k_written = k.T * self._write[head : head + 1]
+        k_written = tpu_heads.narrow(k_written, dtype, self._plan.precise)
         yield
         return attend, q_read, k_written, self.carry(head), *solving
 

@@ -64,6 +64,16 @@ def split(x: jax.Array, dtype) -> list[jax.Array]:
     return parts
 
 
+def narrow(x: jax.Array, dtype, precise: bool) -> jax.Array:
+    """float32 x [rows,lanes] for products: in `dtype`, or precise as [high | low] along the lanes."""
+    return jnp.concatenate(split(x, dtype)[: 2 if precise else 1], 1)
+
+
+def dot_narrow(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`dot` of a from `narrow`: its low part, if there is one, meets b as well."""
+    return dot(a, jnp.concatenate([b] * (a.shape[1] // b.shape[0])))
+
+
 class SharedKeys:
     """Writes the gradients of q and k when all value heads that read a key head have given theirs."""
 

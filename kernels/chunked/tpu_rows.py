@@ -2,8 +2,8 @@
 
 Heads lie side by side on the lanes, [B, T, heads * width], with widths filled up to 128 lanes and T to
 whole chunks. Numbers per token and head lie in rows along the lanes, [B, N, J, HB, C].
-Legend: N chunks of C tokens, J groups of HB value heads (those of one grid step), R value heads per
-key head; K and V are the filled-up widths.
+Legend: N chunks of C tokens, J groups of HB value heads (those of one grid step); K and V are the
+filled-up widths.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,12 +26,13 @@ _STRONGEST_DECAY_LOG = -1000.0  # its exponential is 0, and cumulative sums stay
 class Plan(NamedTuple):
     """What is known while tracing."""
 
-    chunk: int
-    key: int
-    value: int
-    heads: int
-    group: int
-    per_channel: bool
+    chunk: int  # C
+    key: int  # K
+    value: int  # V
+    heads: int  # HB
+    group: int  # value heads that read a key head
+    per_channel: bool  # whether every key channel has its own decay
+    precise: bool
     scale: float
     interpret: bool
 
@@ -55,6 +56,7 @@ def run(
     segment_ids: jax.Array | None,
     chunk_size: int | None,
     interpret: bool,
+    precise: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`chunked(q, k, v, *per_head, g, initial, marks, plan)` on rows: o and the final state.
 
@@ -68,7 +70,9 @@ def run(
     value_heads, value_width = v.shape[2:]
     plan = _plan(length, heads, width, value_heads, value_width, chunk_size, q, k, v)
     per_channel = g is not None and g.ndim == 4
-    plan = plan._replace(per_channel=per_channel, scale=float(scale), interpret=interpret)
+    plan = plan._replace(
+        per_channel=per_channel, precise=precise, scale=float(scale), interpret=interpret
+    )
     if initial_state is None:
         initial_state = jnp.zeros((batch, value_heads, width, value_width), jnp.float32)
     g = jnp.zeros(v.shape[:3], jnp.float32) if g is None else g
@@ -136,7 +140,7 @@ def _plan(length, heads, width, value_heads, value_width, chunk_size, *arrays) -
         for x in range(group, value_heads + 1, group)
         if value_heads % x == 0 and x * max(key, value) <= most_lanes
     ]
-    return Plan(chunk, key, value, max(fitting, default=group), group, False, 1.0, False)
+    return Plan(chunk, key, value, max(fitting, default=group), group, False, False, 1.0, False)
 
 
 def _on_lanes(x, width, plan):

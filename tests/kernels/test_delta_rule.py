@@ -133,6 +133,8 @@ def test_every_chunk_size_gives_the_same(float64, gate):
         assert_trees_close(forward(*inputs, chunk_size=chunk_size), expected, 1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_long_rows_go_from_stretch_to_stretch(float64, monkeypatch):
     inputs = make_inputs("head")
     expected = _forward_backward(*inputs, SEGMENTS, backend="xla")
@@ -334,6 +336,8 @@ def test_vmap_scan_and_checkpoint(gate):
     assert_trees_close(results[1], results[0], 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_inside_shard_map():
     """Manual over a mesh axis with checks on; k, beta replicated, no initial state."""
     inputs = make_inputs("head", np.float32, length=17)[:5]

@@ -5,6 +5,7 @@ output or reads one too early fails every comparison here.
 """
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from effarch.kernels import dispatch, gated_delta_rule
 from effarch.kernels.delta_rule import pallas_tpu
 
+DATA = Path(__file__).parents[1] / "data"
 B, T, H, HV, K, V, CHUNK = 2, 77, 1, 2, 24, 40, 32
 NAMES = ("q", "k", "v", "beta", "g", "initial_state")
 CHANNELS = pytest.param("channel", marks=[pytest.mark.slow, pytest.mark.ci])
@@ -135,14 +137,14 @@ def test_bfloat16_is_as_good_as_its_factors(kind, bound, gate):
 @pytest.mark.ci
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_precise_factors_keep_what_alike_keys_lose(gate):
-    *inputs, beta, g, state = make_inputs("similar keys", gate)
+    *inputs, beta, g, state = make_inputs("similar keys, beta 1.9", gate)
     inputs = [x.astype(jnp.bfloat16) for x in inputs] + [beta, g, state]
     expected = judge([np.float32(x) for x in inputs])["final_state"]
     errors = []
     for precise in (False, True):
         run = jax.jit(functools.partial(on_tpu, segments=SEGMENTS, precise=precise))
         errors.append(relative_rms(run(*inputs)[1], expected))
-    assert errors[1] <= 5e-3 and errors[1] <= 0.5 * errors[0]
+    assert errors[1] <= 8e-3 and errors[1] <= 0.5 * errors[0]
 
 
 @pytest.mark.parametrize("gate", ["head", CHANNELS])
@@ -191,6 +193,18 @@ def test_other_sizes_without_documents(sizes, chunk, gate):
     run = jax.jit(functools.partial(forward_backward, functools.partial(on_tpu, chunk_size=chunk)))
     expected = judge(inputs, jax.jit(functools.partial(forward_backward, recurrence)))
     assert_close(run(*inputs), expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["delta_rule_0", "gated_delta_rule_1", "kda_1"])
+def test_golden_outputs(name):
+    data = np.load(DATA / f"{name}.npz")
+    rule = functools.partial(pallas_tpu.gated_delta_rule, interpret=True, chunk_size=CHUNK)
+    rule = functools.partial(rule, scale=float(data["scale"]), segment_ids=None)
+    inputs = (data[x] for x in ("q", "k", "v", "beta"))
+    o, final = jax.jit(rule)(*inputs, data.get("g"), initial_state=data.get("initial_state"))
+    assert relative_rms(o, data["o"]) <= 1e-5
+    assert relative_rms(final, data["final_state"]) <= 1e-5
 
 
 @pytest.mark.slow

@@ -16,15 +16,14 @@ from effarch.training import state as state_lib
 
 def model_config(**lora):
     m = config.default().model
-    m.width, m.depth, m.layers = 16, 2, "attention/glu"
+    m.width, m.depth, m.layers = 16, 2, "attention/none"
     m.blocks.attention.num_heads = 2
-    m.blocks.glu.hidden = 24
     m.lora.update(lora)
     return m
 
 
 def test_a_model_with_adapters_is_the_merged_model():
-    c = model_config(rank=2, alpha=6.0, paths=("layers/1/mixer/k", "layers/*/ffn/down"))
+    c = model_config(rank=2, alpha=6.0, paths=("layers/1/mixer/k", "layers/*/mixer/out"))
     tokens = np.random.default_rng(0).integers(0, 11, (2, 6)).astype(np.int32)
 
     @jax.jit
@@ -52,7 +51,7 @@ def test_a_model_with_adapters_is_the_merged_model():
     wanted = key["kernel"][0] + 3.0 * low
     np.testing.assert_allclose(after["layers"]["1"]["mixer"]["k"]["kernel"][0], wanted, atol=1e-6)
     assert "adapter" not in parts["layers"]["0"]["mixer"]["k"]
-    assert "adapter" in parts["layers"]["0"]["ffn"]["down"]
+    assert "adapter" in parts["layers"]["0"]["mixer"]["out"]
 
 
 def test_only_adapters_are_trained_unless_rules_say_more():
@@ -69,10 +68,11 @@ def test_only_adapters_are_trained_unless_rules_say_more():
 
 
 def test_a_pattern_that_matches_nothing_is_refused():
+    c = model_config(rank=2, paths=("layers/*/mixer/z",))
     with pytest.raises(
-        ValueError, match=r"model\.lora\.paths\[0\]: 'layers/\*/mixer/k' matches no"
+        ValueError, match=r"paths\[0\]: 'layers/\*/mixer/z' matches no linear layer"
     ):
-        build.abstract(model_config(rank=2, paths=("layers/*/mixer/k",)), vocab_size=11)
+        build.abstract(c, vocab_size=11)
 
 
 @pytest.mark.parametrize("by_outputs", [False, True])

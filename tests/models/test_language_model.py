@@ -196,6 +196,8 @@ def test_every_parameter_takes_part(placement):
     assert all(float(jnp.abs(grad).max()) > 0 for grad in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_soft_cap_and_z_loss_reach_the_loss():
     def loss(model):
         graphdef, state = nnx.split(model)

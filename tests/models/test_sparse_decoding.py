@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from effarch import config, config_check
@@ -10,6 +11,8 @@ from effarch.models import build, decoding
 from effarch.models.context import Context
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_generation_equals_the_whole_text_at_once(monkeypatch):
     """Two prompts, best tokens; three layers, two of them stacked."""
     c = config.default()

@@ -259,6 +259,8 @@ def test_find_or_prepare_prepares_once_for_each_content(tmp_path, texts_file, mo
         find(["hf:a/b"], "bytes")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.multiprocess
 def test_two_processes_prepare_once_and_draw_the_same_batches(tmp_path, three_files):
     program = textwrap.dedent(

@@ -128,6 +128,8 @@ def trained(kind, steps=200):
     return np.asarray(values), state
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_small_states_train_as_float32_ones_do_in_fewer_bytes():
     want, full = trained("adamw")
     sizes = {"adamw": _bytes(full)}

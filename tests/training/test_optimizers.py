@@ -223,6 +223,7 @@ def test_a_wrong_optimizer_is_one_sentence(kind, options, words):
 # Updates.
 
 
+@pytest.mark.slow
 def test_adamw_equals_optax_with_the_same_mask():
     mask = jax.tree.map(lambda info: info.decay, describe("scanned"))
     schedule = optax.linear_schedule(1e-2, 1e-3, 3)

@@ -84,9 +84,9 @@ def start(model=None, spike_factor=0.0, accumulate=1, inner=None):
 KEY = jax.random.key(1)
 
 
-@pytest.mark.parametrize(
-    "accumulate", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.ci])]
-)
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("accumulate", [2, 4])
 def test_micro_batches_add_up_to_the_whole_batch(accumulate):
     """Rows have different numbers of scored tokens, so a mean of means would be wrong."""
     whole, state = start()

@@ -35,7 +35,7 @@ from effarch.kernels.chunked import tpu_blocks, tpu_head_gates, tpu_heads, tpu_r
 from effarch.kernels.chunked.tpu_heads import dot, dot_transposed, lanes_of
 from effarch.kernels.delta_rule.pallas_tpu import forward
 
-_HEADS_A_ROUND = 2
+_HEADS_A_ROUND = 1  # so many join in each round: measured best of 1, 2, 4, 8 and 16
 
 
 def backward(q, k, beta, g, marks, states, w, inverse, d_o, d_final, plan: tpu_rows.Plan):
@@ -44,7 +44,7 @@ def backward(q, k, beta, g, marks, states, w, inverse, d_o, d_final, plan: tpu_r
     Arguments as those and the results of `forward`.
     """
     batch, chunks, groups = beta.shape[:3]
-    heads, key, value = plan.heads, plan.key, plan.value
+    heads, chunk, key, value = plan.heads, plan.chunk, plan.key, plan.value
 
     def at(n):
         return chunks - 1 - n
@@ -52,32 +52,27 @@ def backward(q, k, beta, g, marks, states, w, inverse, d_o, d_final, plan: tpu_r
     keys = tpu_blocks.tokens(plan, heads // plan.group * key, at)
     values = tpu_blocks.tokens(plan, heads * value, at)
     per_token = tpu_blocks.per_token(plan, heads, at)
-    shape = functools.partial(tpu_rows.shape_like, like=q)
-    d_q, d_k, d_v, log_rows, log_columns, d_initial = pl.pallas_call(
-        functools.partial(_kernel, plan),
-        grid=(batch, groups, chunks),
-        in_specs=[
-            *(keys, keys, per_token, tpu_blocks.sums(plan, g, at), tpu_blocks.marks(plan, at)),
-            tpu_blocks.per_head(plan, key, value, at),
-            values,
-            tpu_blocks.per_head(plan, forward.BLOCK, plan.chunk, at),
-            values,
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
-        out_specs=[
-            *(keys, keys, values, per_token, tpu_blocks.per_token(plan, tpu_rows.LANES, at)),
-            tpu_blocks.state(plan),
-        ],
-        out_shape=[
-            *(shape(x.shape, x.dtype) for x in (q, k, w)),
-            shape(beta.shape, jnp.float32),
-            shape((batch, chunks, groups, tpu_rows.LANES, plan.chunk), jnp.float32),
-            shape(d_final.shape, jnp.float32),
-        ],
-        compiler_params=tpu_blocks.compiler_params(),
-        interpret=plan.interpret,
+    inputs = [
+        *((keys, q), (keys, k), (per_token, beta), (tpu_blocks.sums(plan, g, at), g)),
+        (tpu_blocks.marks(plan, at), marks),
+        (tpu_blocks.per_head(plan, key, value, at), states),
+        (values, w),
+        (tpu_blocks.per_head(plan, forward.BLOCK, chunk, at), inverse),
+        *((values, d_o), (tpu_blocks.whole(), d_final)),
+    ]
+    lanes = tpu_rows.LANES
+    log_columns = (batch, chunks, groups, lanes, chunk)
+    outputs = [
+        *((keys, q.shape, q.dtype), (keys, k.shape, k.dtype), (values, w.shape, w.dtype)),
+        (per_token, beta.shape, jnp.float32),
+        (tpu_blocks.per_token(plan, lanes, at), log_columns, jnp.float32),
+        (tpu_blocks.state(plan), d_final.shape, jnp.float32),
+    ]
+    d_q, d_k, d_v, log_rows, log_columns, d_initial = tpu_blocks.call(
+        *(_kernel, plan, (batch, groups, chunks), inputs, outputs),
+        flops=10 * chunk * (key + value) + 12 * key * value,
         name="delta_rule_backward",
-    )(q, k, beta, g, marks, states, w, inverse, d_o, d_final)
+    )
     d_g, beta_d_beta = tpu_head_gates.gradients(log_rows, log_columns, 3, plan)
     return d_q, d_k, d_v, beta_d_beta, d_g, d_initial
 

@@ -46,27 +46,25 @@ def backward(
     values = tpu_blocks.tokens(plan, heads * value, at)
     gates = tpu_blocks.tokens(plan, heads * key, at)
     per_token = tpu_blocks.per_token(plan, heads, at)
-    per_head = functools.partial(tpu_blocks.per_head, plan, at=at)
-    shape = functools.partial(tpu_rows.shape_like, like=q)
-    d_q, d_k, d_v, d_g, beta_d_beta, d_initial = pl.pallas_call(
-        functools.partial(_kernel, plan),
-        grid=(batch, groups, chunks),
-        in_specs=[
-            *(keys, keys, per_token, tpu_blocks.sums(plan, g, at), tpu_blocks.marks(plan, at)),
-            *(per_head(rows=key, lanes=value), values),
-            per_head(rows=forward.BLOCK, lanes=chunk),
-            *[per_head(rows=chunk, lanes=chunk)] * 2,
-            *(values, pl.BlockSpec(memory_space=pl.ANY)),
-        ],
-        out_specs=[keys, keys, values, gates, per_token, tpu_blocks.state(plan)],
-        out_shape=[
-            *(shape(x.shape, x.dtype) for x in (q, k, w)),
-            *(shape(x.shape, jnp.float32) for x in (g[0], beta, d_final)),
-        ],
-        compiler_params=tpu_blocks.compiler_params(),
-        interpret=plan.interpret,
+    pairs = tpu_blocks.per_head(plan, chunk, chunk, at)
+    inputs = [
+        *((keys, q), (keys, k), (per_token, beta), (tpu_blocks.sums(plan, g, at), g)),
+        (tpu_blocks.marks(plan, at), marks),
+        (tpu_blocks.per_head(plan, key, value, at), states),
+        (values, w),
+        (tpu_blocks.per_head(plan, forward.BLOCK, chunk, at), inverse),
+        *((pairs, lower), (pairs, attend), (values, d_o), (tpu_blocks.whole(), d_final)),
+    ]
+    outputs = [
+        *((keys, q.shape, q.dtype), (keys, k.shape, k.dtype), (values, w.shape, w.dtype)),
+        *((gates, g.shape[1:], jnp.float32), (per_token, beta.shape, jnp.float32)),
+        (tpu_blocks.state(plan), d_final.shape, jnp.float32),
+    ]
+    d_q, d_k, d_v, d_g, beta_d_beta, d_initial = tpu_blocks.call(
+        *(_kernel, plan, (batch, groups, chunks), inputs, outputs),
+        flops=60 * chunk * key + 10 * chunk * value + 12 * key * value,
         name="delta_rule_channel_backward",
-    )(q, k, beta, g, marks, states, w, inverse, lower, attend, d_o, d_final)
+    )
     return d_q, d_k, d_v, beta_d_beta, d_g, d_initial
 
 
@@ -82,6 +80,7 @@ def _kernel(plan, *refs):
         tpu_blocks.load_state(plan, d_final_ref, d_state_ref, row, group)
 
     factors = tpu_channel_gates.ChannelGates(beta_ref[...], marks_ref[...], plan)
+    factors.prepare_to_pull_back(q_ref.dtype)
     shared = tpu_heads.SharedKeys(plan, d_q_ref, d_k_ref)
     columns = []
 

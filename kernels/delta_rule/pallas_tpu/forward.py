@@ -12,6 +12,8 @@ in blocks of 16 (all side by side on the lanes) and a merge of each two; then bl
     w_j = X_j r_j,     r_(j+1) = rhs_(j+1) - L_(j+1, 0..j) [w_0 ... w_j].
 
 All products take one pass; the inverse of the whole I + L, rounded, would be slower and less accurate.
+What bfloat16 loses is lost in factors that carry a decay or beta, because over keys that are alike
+their errors add up: `precise` keeps L, P, write K and the inverses in two parts, [high | low].
 
 Step n of the sequential grid axis runs the part of chunk n that knows no state (`_prepare`) against
 the state pass of chunk n - 1 (`_advance`), all heads of both interleaved; what the first leaves for the
@@ -28,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effarch.kernels.chunked import tpu_blocks, tpu_channel_gates, tpu_heads, tpu_rows
-from effarch.kernels.chunked.tpu_heads import dot, lanes_of
+from effarch.kernels.chunked.tpu_heads import dot, dot_narrow, lanes_of, narrow, split
 
 BLOCK = 32
 """Rows of the blocks that are solved at once."""
@@ -36,7 +38,6 @@ BLOCK = 32
 SMALL = 16
 """Rows of the blocks that are inverted by substitution; two of them make a block."""
 
-_ADV = 16
 _HEADS_A_ROUND = 2  # so many heads start to prepare in each round, while all heads advance
 
 
@@ -50,51 +51,34 @@ def forward(q, k, v, beta, g, initial, marks, plan: tpu_rows.Plan, *, saves: boo
     """
     batch, chunks, groups = beta.shape[:3]
     heads, chunk, key, value = plan.heads, plan.chunk, plan.key, plan.value
-    value_heads = groups * heads
     keys = tpu_blocks.tokens(plan, heads // plan.group * key, now := _now(chunks))
     values = tpu_blocks.tokens(plan, heads * value, _before)
-    per_token = tpu_blocks.per_token(plan, heads, now)
-    shape = functools.partial(tpu_rows.shape_like, like=q)
-    outputs = [
-        (values, shape(v.shape, v.dtype)),
-        (tpu_blocks.state(plan), shape(initial.shape, jnp.float32)),
+    inputs = [
+        *((keys, q), (keys, k), (values, v), (tpu_blocks.per_token(plan, heads, now), beta)),
+        *((tpu_blocks.sums(plan, g, now), g), (tpu_blocks.marks(plan, now), marks)),
+        (tpu_blocks.whole(), initial),
     ]
+    outputs = [(values, v.shape, v.dtype), (tpu_blocks.state(plan), initial.shape, jnp.float32)]
     if saves:
         sizes = [(key, value), (BLOCK, chunk), *[(chunk, chunk)] * (2 * plan.per_channel)]
-        outputs += [
-            (
-                tpu_blocks.per_head(plan, *x, _before),
-                shape((batch, chunks, value_heads, *x), q.dtype),
-            )
-            for x in sizes
-        ]
-        outputs.insert(3, (values, shape(v.shape, q.dtype)))
+        for rows, lanes in sizes:
+            spec = tpu_blocks.per_head(plan, rows, lanes, _before)
+            outputs.append((spec, (batch, chunks, groups * heads, rows, lanes), q.dtype))
+        outputs.insert(3, (values, v.shape, q.dtype))
+    wide = chunk * (2 if plan.precise and q.dtype == jnp.bfloat16 else 1)
     prepared = [
-        *((BLOCK, chunk), (chunk, chunk), (chunk, key)),
-        *((chunk, chunk), (chunk, key), (key, chunk)),
+        *((BLOCK, wide), (chunk, wide), (chunk, key)),
+        *((chunk, wide), (chunk, key), (key, wide)),
     ]
     scratch = [pltpu.VMEM((2, heads, *x), q.dtype) for x in prepared]
     carry = (key if plan.per_channel else 1, value)
     scratch.append(pltpu.VMEM((2, heads, *carry), jnp.float32))
-    return pl.pallas_call(
-        functools.partial(_kernel, plan),
-        grid=(batch, groups, chunks + 1),
-        in_specs=[
-            keys,
-            keys,
-            values,
-            per_token,
-            tpu_blocks.sums(plan, g, now),
-            tpu_blocks.marks(plan, now),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
-        out_specs=[spec for spec, _ in outputs],
-        out_shape=[shape for _, shape in outputs],
-        scratch_shapes=scratch,
-        compiler_params=tpu_blocks.compiler_params(),
-        interpret=plan.interpret,
+    return tpu_blocks.call(
+        *(_kernel, plan, (batch, groups, chunks + 1), inputs, outputs),
+        flops=(24 if plan.per_channel else 4) * chunk * key + 6 * key * value + 4 * chunk * value,
         name="delta_rule_forward",
-    )(q, k, v, beta, g, marks, initial)
+        scratch=scratch,
+    )
 
 
 def _now(chunks):
@@ -125,27 +109,31 @@ def _kernel(
         *parts, lower, k_read = yield from factors.parts(
             q_ref[:, own], k_ref[:, own], head, sums, corrects=True
         )
-        inverse = yield from _invert_diagonal_blocks(lower, q_ref.dtype)
-        for ref, part in zip(prepared, (inverse, lower, k_read, *parts)):
-            ref[fill, head] = part.astype(ref.dtype)
+        inverse = yield from _invert_diagonal_blocks(lower, q_ref.dtype, plan.precise)
+        rounded = (narrow(x, q_ref.dtype, plan.precise) for x in (inverse, lower))
+        for ref, part in zip(prepared, (*rounded, k_read, *parts)):
+            ref[fill, head] = part
 
     def advance(head):
         own = lanes_of(head, plan.value)
         parts = [ref[use, head] for ref in prepared]
         state = state_ref[0, head]
-        narrow = state.astype(q_ref.dtype)
-        o, w, after = yield from _advance(v_ref[:, own], *parts, state, narrow)
+        entering = state.astype(q_ref.dtype)
+        o, w, after = yield from _advance(v_ref[:, own], *parts, state, entering)
         o_ref[:, own] = (plan.scale * o).astype(o_ref.dtype)
         state_ref[0, head] = after
         inverse, lower, _, attend, *_ = parts
-        for ref, x in zip(saved, (narrow, w, inverse, lower, attend)):
-            ref[(slice(None), own) if x is w else head] = x
+        for ref, x in zip(saved, (entering, w, inverse, lower, attend)):
+            if x is w:
+                ref[:, own] = x
+            else:
+                ref[head] = x[:, : ref.shape[-1]]
 
     starting = [(head // _HEADS_A_ROUND, prepare(head)) for head in heads]
-    tpu_heads.interleave([(head // _ADV, advance(head)) for head in heads] + starting)
+    tpu_heads.interleave([(0, advance(head)) for head in heads] + starting)
 
 
-def _invert_diagonal_blocks(lower, dtype):
+def _invert_diagonal_blocks(lower, dtype, precise):
     """[32,C] float32: the inverses of the blocks of 32 rows of I + L, side by side on the lanes."""
     inverse = yield from _substitute(lower)
     block_of_lane = jax.lax.broadcasted_iota(jnp.int32, inverse.shape, 1) // SMALL
@@ -154,16 +142,23 @@ def _invert_diagonal_blocks(lower, dtype):
 
     def spread(x, below):
         """[C,C]: what lies in the lanes of block b goes to the rows of block b + below."""
-        parts = [jnp.where(block_of_lane == block - below, x, 0) for block in blocks]
-        return jnp.concatenate(parts).astype(dtype)
+        return jnp.concatenate(
+            [jnp.where(block_of_lane == block - below, x, 0) for block in blocks]
+        )
+
+    def product(a, b):
+        (a, *a_low), (b, *b_low) = split(a, dtype), split(b, dtype)
+        if not precise or not a_low:
+            return dot(a, b)
+        return dot(jnp.concatenate([a, *a_low, a], 1), jnp.concatenate([b, b, *b_low]))
 
     corner = jnp.zeros_like(inverse)
     for block in blocks[0::2]:
         own = slice((block + 1) * SMALL, (block + 2) * SMALL)
         corner = jnp.where(block_of_lane == block, lower[own], corner)
-    corner = dot(corner.astype(dtype), spread(inverse, 0))
+    corner = product(corner, spread(inverse, 0))
     yield
-    corner = dot(inverse.astype(dtype), spread(corner, 1))
+    corner = product(inverse, spread(corner, 1))
     yield
     return jnp.concatenate([jnp.where(is_left, inverse, 0), jnp.where(is_left, -corner, inverse)])
 
@@ -195,22 +190,28 @@ def _substitute(lower):
     return jnp.concatenate(inverse)
 
 
-def _advance(v, inverse, lower, k_read, attend, q_read, k_written, carry, state, narrow):
+def _advance(v, inverse, lower, k_read, attend, q_read, k_written, carry, state, entering):
     """O / scale, w in the dtype of the operands, and the leaving state."""
-    blocks = range(0, v.shape[0], BLOCK)
-    rhs = v - dot(k_read, narrow)
+    chunk = v.shape[0]
+    parts = range(0, inverse.shape[1], chunk)  # high, and if precise low
+    rhs = v - dot(k_read, entering)
     yield
     solved = []
-    for start in blocks:
+    for start in range(0, chunk, BLOCK):
         own = slice(start, start + BLOCK)
         left = rhs[own]
         if start:
-            left -= dot(lower[own, :start], jnp.concatenate(solved))
+            known = jnp.concatenate(solved)
+            for part in parts:
+                left -= dot(lower[own, part : part + start], known)
             yield
-        solved.append(dot(inverse[:, own], left.astype(v.dtype)).astype(v.dtype))
+        blocks = [inverse[:, part + start : part + start + BLOCK] for part in parts]
+        w = [dot(block, left.astype(v.dtype)) for block in blocks]
+        solved.append(functools.reduce(jnp.add, w).astype(v.dtype))
         yield
     w = jnp.concatenate(solved)
-    o = dot(jnp.concatenate([q_read, attend], 1), jnp.concatenate([narrow, w]))
-    after = carry * state + dot(k_written, w)
+    read = [entering] + [w] * len(parts)
+    o = dot(jnp.concatenate([q_read, attend], 1), jnp.concatenate(read))
+    after = carry * state + dot_narrow(k_written, w)
     yield
     return o, w, after

@@ -16,13 +16,17 @@ from effarch.kernels.delta_rule.pallas_tpu import (
 _SMALLEST_BETA = 2.0**-80
 
 
-def gated_delta_rule(q, k, v, beta, g=None, *, interpret=False, **options):
+def gated_delta_rule(q, k, v, beta, g=None, *, interpret=False, precise=False, **options):
     """See `api.gated_delta_rule`; `chunk_size` is rounded up to 32, 64 or 128.
 
     Products of bfloat16 inputs take one pass of the matrix unit; sums, decays and the state are float32.
-    `interpret` runs the kernels without a TPU, step by step: for tests.
+    `precise` (the backend "pallas_tpu_precise"): the forward's factors keep 16 bits; the backward is the
+    same. `interpret` runs the kernels without a TPU, step by step: for tests. What is saved for the
+    gradient is called "delta_rule_states" in the policies of `jax.checkpoint`; a policy that leaves it
+    out has the forward kernel run again.
     """
-    return tpu_rows.run(chunked, q, k, v, (beta,), g, interpret=interpret, **options)
+    options |= dict(interpret=interpret, precise=precise)
+    return tpu_rows.run(chunked, q, k, v, (beta,), g, **options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -41,31 +41,26 @@ def backward(q, k, v, g, marks, states, d_o, d_final, plan: tpu_rows.Plan):
 
     keys = tpu_blocks.tokens(plan, heads // plan.group * key, at)
     values = tpu_blocks.tokens(plan, heads * value, at)
-    shape = functools.partial(tpu_rows.shape_like, dtype=jnp.float32, like=q)
+    inputs = [
+        *((keys, q), (keys, k), (values, v), (tpu_blocks.sums(plan, g, at), g)),
+        *((tpu_blocks.marks(plan, at), marks), (tpu_blocks.per_head(plan, key, value, at), states)),
+        *((values, d_o), (tpu_blocks.whole(), d_final)),
+    ]
+    outputs = [
+        *((keys, q.shape, q.dtype), (keys, k.shape, k.dtype), (values, v.shape, v.dtype)),
+        (tpu_blocks.state(plan), d_final.shape, jnp.float32),
+    ]
     if plan.per_channel:
-        gates = [(tpu_blocks.tokens(plan, heads * key, at), shape(g.shape[1:]))]
+        outputs.append((tpu_blocks.tokens(plan, heads * key, at), g.shape[1:], jnp.float32))
     else:
-        gates = [
-            (tpu_blocks.per_token(plan, rows, at), shape((batch, chunks, groups, rows, plan.chunk)))
-            for rows in (heads, tpu_rows.LANES)
-        ]
-    d_q, d_k, d_v, d_initial, *d_gates = pl.pallas_call(
-        functools.partial(_kernel, plan),
-        grid=(batch, groups, chunks),
-        in_specs=[
-            *(keys, keys, values, tpu_blocks.sums(plan, g, at), tpu_blocks.marks(plan, at)),
-            *(tpu_blocks.per_head(plan, key, value, at), values),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
-        out_specs=[keys, keys, values, tpu_blocks.state(plan), *(spec for spec, _ in gates)],
-        out_shape=[
-            *(tpu_rows.shape_like(x.shape, x.dtype, q) for x in (q, k, v, d_final)),
-            *(shape for _, shape in gates),
-        ],
-        compiler_params=tpu_blocks.compiler_params(),
-        interpret=plan.interpret,
+        for rows in (heads, tpu_rows.LANES):
+            logs = (batch, chunks, groups, rows, plan.chunk)
+            outputs.append((tpu_blocks.per_token(plan, rows, at), logs, jnp.float32))
+    d_q, d_k, d_v, d_initial, *d_gates = tpu_blocks.call(
+        *(_kernel, plan, (batch, groups, chunks), inputs, outputs),
+        flops=(50 if plan.per_channel else 6) * plan.chunk * key + 10 * key * value,
         name="linear_attention_backward",
-    )(q, k, v, g, marks, states, d_o, d_final)
+    )
     if plan.per_channel:
         (d_g,) = d_gates
     else:
@@ -83,6 +78,8 @@ def _kernel(plan, *refs):
         tpu_blocks.load_state(plan, d_final_ref, d_state_ref, row, group)
 
     factors = tpu_channel_gates.gates(g_ref, None, marks_ref[...], plan)
+    if plan.per_channel:
+        factors.prepare_to_pull_back(q_ref.dtype)
     shared = tpu_heads.SharedKeys(plan, d_q_ref, d_k_ref)
     columns = []
 

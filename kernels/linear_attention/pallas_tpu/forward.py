@@ -7,8 +7,6 @@ For one head and chunk, with the factors of `tpu_head_gates` or `tpu_channel_gat
 Legend: N chunks of C tokens, HB value heads a grid step; K, V widths of heads, multiples of 128.
 """
 
-import functools
-
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -25,7 +23,7 @@ def forward(q, k, v, g, initial, marks, plan: tpu_rows.Plan, *, saves: bool):
     entering states are [B,N,HV,K,V] in the dtype of q.
     """
     batch, chunks = marks.shape[:2]
-    heads, key, value = plan.heads, plan.key, plan.value
+    heads, chunk, key, value = plan.heads, plan.chunk, plan.key, plan.value
     value_heads = initial.shape[1]
 
     def at(n):
@@ -33,25 +31,19 @@ def forward(q, k, v, g, initial, marks, plan: tpu_rows.Plan, *, saves: bool):
 
     keys = tpu_blocks.tokens(plan, heads // plan.group * key, at)
     values = tpu_blocks.tokens(plan, heads * value, at)
-    shape = functools.partial(tpu_rows.shape_like, like=q)
-    out_specs = [values, tpu_blocks.state(plan)]
-    out_shape = [shape(v.shape, v.dtype), shape(initial.shape, jnp.float32)]
+    inputs = [
+        *((keys, q), (keys, k), (values, v), (tpu_blocks.sums(plan, g, at), g)),
+        *((tpu_blocks.marks(plan, at), marks), (tpu_blocks.whole(), initial)),
+    ]
+    outputs = [(values, v.shape, v.dtype), (tpu_blocks.state(plan), initial.shape, jnp.float32)]
     if saves:
-        out_specs.append(tpu_blocks.per_head(plan, key, value, at))
-        out_shape.append(shape((batch, chunks, value_heads, key, value), q.dtype))
-    return pl.pallas_call(
-        functools.partial(_kernel, plan),
-        grid=(batch, value_heads // heads, chunks),
-        in_specs=[
-            *(keys, keys, values, tpu_blocks.sums(plan, g, at), tpu_blocks.marks(plan, at)),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
-        out_specs=out_specs,
-        out_shape=out_shape,
-        compiler_params=tpu_blocks.compiler_params(),
-        interpret=plan.interpret,
+        states = (batch, chunks, value_heads, key, value)
+        outputs.append((tpu_blocks.per_head(plan, key, value, at), states, q.dtype))
+    return tpu_blocks.call(
+        *(_kernel, plan, (batch, value_heads // heads, chunks), inputs, outputs),
+        flops=(20 if plan.per_channel else 2) * chunk * key + 4 * key * value + 2 * chunk * value,
         name="linear_attention_forward",
-    )(q, k, v, g, marks, initial)
+    )
 
 
 def _kernel(plan, q_ref, k_ref, v_ref, g_ref, marks_ref, initial_ref, o_ref, state_ref, *saved):

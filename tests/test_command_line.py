@@ -93,7 +93,7 @@ MISTAKES = {
             "--config.data.tokenizer=bytes",
             "--config.model.vocab_size=100",
         ],
-        ["model.vocab_size=100 is smaller than the tokenizer's 257"],
+        ["model.vocab_size=100 is smaller than the data's 257"],
     ),
     "unwritable folder": (
         [

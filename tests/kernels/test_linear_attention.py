@@ -178,6 +178,8 @@ def test_without_documents_at_every_chunk_size(float64, gate):
         assert_trees_close(forward(*inputs, chunk_size=chunk_size), expected, 1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_long_rows_go_from_stretch_to_stretch(float64, monkeypatch, gate):
     inputs = make_inputs(gate)

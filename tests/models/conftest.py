@@ -28,7 +28,7 @@ PLAIN = {
     "retnet": dict(num_heads=2, **LEARNED),
     "spark_attention": dict(num_heads=4, num_kv_heads=2, predictor_dim=4, num_keys=12),
 }
-"""One variant of each kind, the one with most options: the plain run."""
+"""One variant of each kind, the one with most options."""
 
 MORE = {
     "attention": dict(num_heads=4),
@@ -97,10 +97,16 @@ def _make(name: str) -> MixerUnderTest:
     return MixerUnderTest(name, (PLAIN | MORE)[name])
 
 
-_MARKS = [pytest.mark.slow]
+IN_EVERY_RUN = ("attention_grouped", "gated_delta_net", "gla", "hgrn", "mamba2", "spark_attention")
+"""A mixer of each family; the other kinds are left to `-m slow`."""
 
 
-@pytest.fixture(params=[*PLAIN, *(pytest.param(name, marks=_MARKS) for name in MORE)])
+def _param(name: str):
+    marks = [pytest.mark.slow] if name not in IN_EVERY_RUN else []
+    return pytest.param(name, marks=[*marks, pytest.mark.ci] if name in PLAIN else marks)
+
+
+@pytest.fixture(params=[_param(name) for name in (*PLAIN, *MORE)])
 def mixer(request) -> MixerUnderTest:
     return _make(request.param)
 
@@ -113,5 +119,5 @@ def make_mixer():
 
 @pytest.fixture(scope="session")
 def tested_kinds() -> set[str]:
-    """The kinds of mixers that the plain run tests."""
+    """The kinds of mixers that these tables hold."""
     return {_make(name).kind for name in PLAIN}

@@ -147,6 +147,8 @@ def test_reference_and_xla_agree_bit_for_bit(format, axis, block_size):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_format_is_bounded_finite_and_idempotent():
     """Each element errs by at most half the gap it lies in, or by what was clipped."""
     x = gaussian(2, 128)

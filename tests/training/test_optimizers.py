@@ -258,6 +258,8 @@ def test_rules_scale_the_step_and_its_decay_as_the_formula_says():
         np.testing.assert_allclose(after, expected, rtol=2e-6, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ALL)
 def test_scanned_and_unscanned_models_get_the_same_updates(kind):
     after = {

@@ -99,11 +99,12 @@ def _make(name: str) -> MixerUnderTest:
 
 IN_EVERY_RUN = ("attention_grouped", "gated_delta_net", "gla", "hgrn", "mamba2", "spark_attention")
 """A mixer of each family; the other kinds are left to `-m slow`."""
+IN_CI = ("delta_net", "kda", "latent_attention")
 
 
 def _param(name: str):
     marks = [pytest.mark.slow] if name not in IN_EVERY_RUN else []
-    return pytest.param(name, marks=[*marks, pytest.mark.ci] if name in PLAIN else marks)
+    return pytest.param(name, marks=[*marks, pytest.mark.ci] if name in IN_CI else marks)
 
 
 @pytest.fixture(params=[_param(name) for name in (*PLAIN, *MORE)])

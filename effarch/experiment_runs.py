@@ -1,5 +1,9 @@
-"""Trains the runs of an experiment that are not finished, each by `python -m effarch.train`."""
+"""The runs of an experiment: its flags, training what is not finished, reading what is.
 
+Each run is a `python -m effarch.train` in a folder of its own.
+"""
+
+import argparse
 import concurrent.futures
 import json
 import os
@@ -11,7 +15,30 @@ from collections.abc import Mapping, Sequence
 from effarch.training import run_folder
 
 
-def train(runs: Mapping[pathlib.Path, Sequence[str]], *, parallel: int = 1) -> None:
+def parser(text: str, *, runs: str, seeds: int) -> argparse.ArgumentParser:
+    """The flags that `collect` reads and --seeds; `runs` is the default folder."""
+    flags = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--runs", type=pathlib.Path, default=pathlib.Path(runs))
+    flags.add_argument("--seeds", type=int, default=seeds)
+    flags.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    flags.add_argument("--steps", type=int, default=0, help="of a run; 0 is the config's")
+    flags.add_argument("--write_only", action="store_true", help="train nothing")
+    return flags
+
+
+def collect(
+    runs: Mapping[pathlib.Path, Sequence[str]], options: argparse.Namespace
+) -> dict[pathlib.Path, dict]:
+    """Trains what is missing, then folder -> summary of every run that is finished."""
+    if not options.write_only:
+        extra = [f"--config.train.num_steps={options.steps}"] if options.steps else []
+        train({folder: [*flags, *extra] for folder, flags in runs.items()}, options.parallel)
+    return {folder: found for folder in runs if (found := summary(folder))}
+
+
+def train(runs: Mapping[pathlib.Path, Sequence[str]], parallel: int) -> None:
     """Run folder -> flags of its training, in this order, `parallel` at a time; finished ones are kept.
 
     Runs whose programs are equal, such as seeds, share what was compiled, in `.compiled` beside them.

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-THREADS = int(os.environ.get("THREADS", "2"))
+THREADS = 2
 WARM_UP = 3
 
 

@@ -7,11 +7,10 @@ attention alone and one mixer at every share, then mixer by mixer, then the next
 verdict come from whatever is finished; --write_only trains nothing.
 """
 
-import argparse
 import collections
-import importlib.util
 import pathlib
 
+import grid
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,16 +21,6 @@ HERE = pathlib.Path(__file__).resolve().parent
 DATA = {"text": "bits_per_byte", "recall": "accuracy"}
 FLAT = 0.01
 """Losses within this of the best share's, as a part of it, count as equal."""
-
-
-def _load_grid():
-    spec = importlib.util.spec_from_file_location("grid", HERE / "grid.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-grid = _load_grid()
 SHARES = sorted(grid.STACKS)
 MOST = SHARES[-1]
 MIXERS = ("gated_delta_net", "gla", "delta_net", "hgrn2", "retnet", "hgrn")
@@ -50,23 +39,13 @@ def cells(seeds: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/hybrid_ratio"))
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
-    parser.add_argument("--steps", type=int, default=0, help="of a run; 0 is the config's")
-    parser.add_argument("--write_only", action="store_true")
-    options = parser.parse_args()
+    flags = experiment_runs.parser(__doc__, runs="runs/hybrid_ratio", seeds=1)
+    options = flags.parse_args()
     runs = {_folder(options.runs, cell): cell for cell in cells(options.seeds)}
-    if not options.write_only:
-        flags = {folder: _flags(cell, options.steps) for folder, cell in runs.items()}
-        experiment_runs.train(flags, parallel=options.parallel)
-    summaries = {folder: experiment_runs.summary(folder) for folder in runs}
-    found = [
-        cell | _figures(cell, summaries[folder])
-        for folder, cell in runs.items()
-        if summaries[folder]
-    ]
+    summaries = experiment_runs.collect(
+        {folder: _flags(cell) for folder, cell in runs.items()}, options
+    )
+    found = [runs[folder] | _figures(runs[folder], x) for folder, x in summaries.items()]
     if found:
         experiment_record.write_json(HERE / "results/runs.json", {"runs": found})
         tables = {data: _table(found, data) for data in DATA}
@@ -78,10 +57,9 @@ def _folder(runs: pathlib.Path, cell: dict) -> pathlib.Path:
     return runs / "{data}-{mixer}-{attention}-seed{seed}".format(**cell)
 
 
-def _flags(cell: dict, num_steps: int) -> list[str]:
+def _flags(cell: dict) -> list[str]:
     switches = "mixer={mixer},attention={attention},data={data}".format(**cell)
-    flags = [f"--config={HERE / 'grid.py'}:{switches}", f"--config.seed={cell['seed']}"]
-    return [*flags, f"--config.train.num_steps={num_steps}"] if num_steps else flags
+    return [f"--config={HERE / 'grid.py'}:{switches}", f"--config.seed={cell['seed']}"]
 
 
 def _figures(cell: dict, summary: dict) -> dict:

@@ -7,7 +7,6 @@ mixers at the middle state size, then the other sizes, then the next seed. Table
 come from whatever is finished; --write_only trains nothing.
 """
 
-import argparse
 import collections
 import pathlib
 
@@ -46,19 +45,13 @@ def grid(seeds: int) -> sweeps.Runs:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/mqar_state_size"))
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
-    parser.add_argument("--steps", type=int, default=0, help="of a run; 0 is the config's")
-    parser.add_argument("--write_only", action="store_true")
-    options = parser.parse_args()
+    flags = experiment_runs.parser(__doc__, runs="runs/mqar_state_size", seeds=2)
+    options = flags.parse_args()
     runs = {_folder(options.runs, run): run for run in grid(options.seeds)}
-    if not options.write_only:
-        flags = {folder: _flags(run, options.steps) for folder, run in runs.items()}
-        experiment_runs.train(flags, parallel=options.parallel)
-    summaries = {folder: experiment_runs.summary(folder) for folder in runs}
-    found = [run | _figures(summaries[folder]) for folder, run in runs.items() if summaries[folder]]
+    summaries = experiment_runs.collect(
+        {folder: _flags(run) for folder, run in runs.items()}, options
+    )
+    found = [runs[folder] | _figures(x) for folder, x in summaries.items()]
     if found:
         experiment_record.write_json(HERE / "results/runs.json", {"runs": found})
         _write(found)
@@ -69,15 +62,14 @@ def _folder(runs: pathlib.Path, run: dict) -> pathlib.Path:
     return runs / "{mixer}-{head_dim}-seed{seed}".format(**run)
 
 
-def _flags(run: dict, num_steps: int) -> list[str]:
-    flags = [
+def _flags(run: dict) -> list[str]:
+    return [
         "--config=tasks:task=mqar,mixer={mixer},head_dim={head_dim}".format(**run),
         f"--config.seed={run['seed']}",
         "--config.eval.every_steps=0",
         "--config.checkpoint.every_steps=0",
         "--config.log.tensorboard=false",
     ]
-    return [*flags, f"--config.train.num_steps={num_steps}"] if num_steps else flags
 
 
 def _figures(summary: dict) -> dict:

@@ -1,41 +1,37 @@
 """Trains the quickstart and its attention twin on three seeds and writes the tables of the README."""
 
-import argparse
-import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 
-from effarch import experiment_record
+from effarch import experiment_record, experiment_runs
 from effarch.scaling import statistics
 
 HERE = pathlib.Path(__file__).resolve().parent
-MIXERS, SEEDS = ("hybrid", "attention"), (0, 1, 2)
+MIXERS = ("hybrid", "attention")
 WORST = 1.02
 """How much worse than attention the hybrid may be."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs"))
-    folder = parser.parse_args().runs
-    found = {mixer: [_summary(folder, mixer, seed) for seed in SEEDS] for mixer in MIXERS}
-    results = {mixer: [_figures(summary) for summary in found[mixer]] for mixer in MIXERS}
+    flags = experiment_runs.parser(__doc__, runs="runs", seeds=3)
+    options = flags.parse_args()
+    cells = [(mixer, seed) for mixer in MIXERS for seed in range(options.seeds)]
+    runs = {options.runs / f"quickstart-{mixer}-seed{seed}": (mixer, seed) for mixer, seed in cells}
+    found = experiment_runs.collect(
+        {folder: _flags(*cell) for folder, cell in runs.items()}, options
+    )
+    results = {mixer: [] for mixer in MIXERS}
+    for folder, summary in found.items():
+        mixer, seed = runs[folder]
+        results[mixer].append({"seed": seed} | _figures(summary))
     experiment_record.write_json(HERE / "results/runs.json", results)
     _write_runs(results)
     _write_verdict(results)
 
 
-def _summary(folder: pathlib.Path, mixer: str, seed: int) -> dict:
-    """The summary of a run, which is trained if it is not finished."""
-    workdir = folder / f"quickstart-{mixer}-seed{seed}"
-    if not (workdir / "summary.json").exists():
-        command = [sys.executable, "-m", "effarch.train"]
-        command += [f"--config=quickstart:mixer={mixer}", f"--config.seed={seed}"]
-        subprocess.run([*command, f"--workdir={workdir}"], check=True)
-    return json.loads((workdir / "summary.json").read_text())
+def _flags(mixer: str, seed: int) -> list[str]:
+    return [f"--config=quickstart:mixer={mixer}", f"--config.seed={seed}"]
 
 
 def _figures(summary: dict) -> dict:
@@ -48,13 +44,13 @@ def _write_runs(results: dict) -> None:
     rows = [
         [
             mixer,
-            seed,
+            run["seed"],
             f"{run['params_total'] / 1e6:.2f} M",
             f"{run['tokens'] / 1e6:.2f} M",
             f"{run['bits_per_byte']:.4f}",
         ]
         for mixer in MIXERS
-        for seed, run in zip(SEEDS, results[mixer])
+        for run in results[mixer]
     ]
     header = ["mixer", "seed", "parameters", "tokens", "bits per byte"]
     experiment_record.write_table(HERE / "README.md", "runs", header, rows)

@@ -4,21 +4,17 @@ Trains what is missing in the folder of runs, one after the other, then writes r
 figures/loss.png and the tables of README.md. An hour on one core; `--steps` makes it shorter.
 """
 
-import argparse
 import json
 import pathlib
-import subprocess
-import sys
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from effarch import experiment_record
+from effarch import experiment_record, experiment_runs
 from effarch.scaling import statistics
 
 HERE = pathlib.Path(__file__).resolve().parent
-SEEDS = (0, 1, 2)
 VARIANTS = {
     "dense GeGLU": "ffn=glu",
     "top-k of the gate, 8 %": "ffn=topk",
@@ -31,29 +27,34 @@ FIGURES = ("val/loss", "params_total", "tokens", "flops_active", "flops_active_n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/spark_ffn"))
-    parser.add_argument("--steps", type=int, default=350)
-    arguments = parser.parse_args()
-    found = {
-        name: [_train(arguments, switches, seed) for seed in SEEDS]
+    flags = experiment_runs.parser(__doc__, runs="runs/spark_ffn", seeds=3)
+    flags.set_defaults(steps=350)
+    options = flags.parse_args()
+    runs = {
+        options.runs / f"{_slug(switches)}-seed{seed}": (name, _flags(switches, seed))
         for name, switches in VARIANTS.items()
+        for seed in range(options.seeds)
     }
+    summaries = experiment_runs.collect({folder: x for folder, (_, x) in runs.items()}, options)
+    found = {name: [] for name in VARIANTS}
+    for folder, summary in summaries.items():
+        found[runs[folder][0]].append(_figures(folder, summary))
     experiment_record.write_json(HERE / "results/runs.json", found)
     _write_runs(found)
     _write_verdict(found)
     _draw(found)
 
 
-def _train(arguments, switches: str, seed: int) -> dict:
-    """The figures of a run, which is trained if it is not finished."""
-    name = switches.replace("=", "-").replace(",", "-")
-    folder = arguments.runs / f"{name}-{arguments.steps}-seed{seed}"
-    if not (folder / "summary.json").exists():
-        command = [sys.executable, "-m", "effarch.train", f"--config=sparse:{switches}"]
-        command += [f"--config.seed={seed}", f"--config.train.num_steps={arguments.steps}"]
-        subprocess.run([*command, f"--workdir={folder}"], check=True)
-    summary = json.loads((folder / "summary.json").read_text())
+def _slug(switches: str) -> str:
+    return switches.replace("=", "-").replace(",", "-")
+
+
+def _flags(switches: str, seed: int) -> list[str]:
+    return [f"--config=sparse:{switches}", f"--config.seed={seed}"]
+
+
+def _figures(folder: pathlib.Path, summary: dict) -> dict:
+    """Loss, sizes and, over the last lines of metrics, the measured activity."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     last = [json.loads(line) for line in lines if '"train"' in line][-10:]
     measured = {
@@ -92,7 +93,7 @@ def _write_runs(found: dict) -> None:
 def _write_verdict(found: dict) -> None:
     """Differences are of runs with the same seed."""
     tokens = found[BASELINE][0]["tokens"]
-    sentences = [f"After {tokens:,} tokens and {len(SEEDS)} seeds:"]
+    sentences = [f"After {tokens:,} tokens and {min(map(len, found.values()))} seeds:"]
     for first, second, claim in (
         (SPARK, BASELINE, "Spark within 2 % of the dense layer"),
         (SPARK, UNSPLIT, "the predictor's split no worse than the same threshold without it"),

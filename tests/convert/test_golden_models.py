@@ -24,6 +24,7 @@ def models():
     return {name: weights.load(DATA / f"model_{name}") for name in NAMES}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_those_of_the_original(models, name):
     io = np.load(DATA / f"model_{name}" / "io.npz")

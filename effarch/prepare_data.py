@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
                 f"{argv[1]!r} is not a flag: quote patterns, and write --source once a source."
             )
         meta = run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         rich.console.Console(stderr=True).print(
             f"prepare_data: {error}", style="red", markup=False, soft_wrap=True, highlight=False
         )

@@ -4,6 +4,7 @@ With several processes each runs this loop in step with the others: what decides
 wish to stop) is the same on all of them. Process 0 writes and shows, the others are silent.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
@@ -56,6 +57,8 @@ class Loop:
         self._signal: int | None = None
         self._stop = multihost.AnyProcess(plan.layout.mesh)
         self._bad_steps: list[int] = []
+        self._compiled = {}
+        """Step functions by whether the step is quantized."""
 
     def run(self) -> Outcome:
         """Trains to `train.num_steps`, or until told to stop by SIGTERM or SIGINT."""
@@ -68,7 +71,7 @@ class Loop:
             restored = saved.restore(self.plan.target())
             if restored is None:
                 saved.check_writable()
-                start, state = 0, self.plan.init()
+                start, state = 0, None
             else:
                 start, state, record = restored
                 self._resumes, self._seconds_before = record["resumes"] + 1, record["seconds"]
@@ -87,7 +90,7 @@ class Loop:
                 if start:
                     shown.note(f"resumed from the checkpoint of step {start:,}")
                 self.writer, self.shown, self.saved = writer, shown, saved
-                state = self._steps(state, start, total)
+                state = self._steps(self._init() if state is None else state, start, total)
                 final, code = {}, 0
                 if self._stop.agreed:
                     code = INTERRUPTED[self._signal or signal.SIGTERM]
@@ -111,16 +114,15 @@ class Loop:
             return state
         feed = prefetch.Prefetch(self._batch, start, total)
         try:
-            step_functions = {}  # by whether the step is quantized
             waiting = None
             for step, batch in feed:
                 self.watch.beat("training", step)
                 mode = self.plan.is_quantized(step)
-                if mode not in step_functions:
+                if mode not in self._compiled:
                     self.watch.beat(watchdog.COMPILING, step)
                     with self.shown.pause(progress.COMPILE):
-                        step_functions[mode] = self._compile(state, batch, mode)
-                state, metrics = step_functions[mode](state, batch, self.key)
+                        self._compiled[mode] = self._compile(batch, mode)
+                state, metrics = self._compiled[mode](state, batch, self.key)
                 if waiting is not None:
                     self._read(*waiting)
                 waiting = (step + 1, metrics, self._stop.ask(self._signal is not None))
@@ -149,8 +151,25 @@ class Loop:
     def _batch(self, step: int) -> dict[str, jax.Array]:
         return self.plan.feeder(functools.partial(self.batches.rows, step))
 
-    def _compile(self, state: TrainState, batch: dict, quantized: bool):
-        lowered = self.plan.train_step(quantized=quantized).lower(state, batch, self.key)
+    def _init(self) -> TrainState:
+        """Fresh parameters; on one device the first step is compiled meanwhile."""
+        if self.plan.layout.mesh.size > 1 or not self.config.train.num_steps:
+            return self.plan.init()
+        self.watch.beat(watchdog.COMPILING, 0)
+        mode = self.plan.is_quantized(0)
+        with (
+            self.shown.pause(progress.COMPILE),
+            concurrent.futures.ThreadPoolExecutor(1, "compile") as threads,
+        ):
+            compiling = threads.submit(self._compile, self._batch(0), mode)
+            state = self.plan.init()
+            self._compiled[mode] = compiling.result()
+        return state
+
+    def _compile(self, batch: dict, quantized: bool):
+        lowered = self.plan.train_step(quantized=quantized).lower(
+            self.plan.target(), batch, self.key
+        )
         if self.plan.layout.mesh.size == 1:
             return lowered.compile()
         with partitioner.heard() as complaints:

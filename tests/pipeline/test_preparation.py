@@ -255,6 +255,8 @@ def test_find_or_prepare_prepares_once_for_each_content(tmp_path, texts_file, mo
     elsewhere = dataset.find_or_prepare([texts_file], "bytes", 300)
     assert elsewhere.folder.parent == tmp_path / "xdg" / "effarch"
     assert dataset.find_or_prepare([], "", path=str(first.folder)).sources == ("files",)
+    with pytest.raises(ValueError, match=r"^sources: all 41 document\(s\) .* fell into validation"):
+        find([texts_file], "bpe:300", 999)
     with pytest.raises(ValueError, match="'hf:a/b' is read in preparation only: run `python -m"):
         find(["hf:a/b"], "bytes")
 
@@ -277,7 +279,7 @@ def test_two_processes_prepare_once_and_draw_the_same_batches(tmp_path, three_fi
         (ready / f"{os.getpid()}.ready").touch()
         while len(list(ready.glob("*.ready"))) < 2:
             time.sleep(0.01)
-        data = dataset.find_or_prepare(sys.argv[2:], "bpe:400", 100, cache_dir=sys.argv[1])
+        data = dataset.find_or_prepare(sys.argv[2:], "bytes", 100, cache_dir=sys.argv[1])
         train = pipeline.TrainBatches(
             data, batch_size=4, seq_len=32, seed=7, weights=(0.5, 0.3, 0.2)
         )

@@ -11,9 +11,14 @@ makes 2 x 2 x 3 = 12 runs. Fields are paths in the config; `python -m effarch.sw
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from effarch.training import schedules
+
+MOST_CHECKPOINTS = 100
+"""That `lengths` lets the longest run keep."""
 Runs = list[dict[str, Any]]
 Part = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
 """Field -> values, which stands for one run a combination of values; or a list of runs."""
@@ -47,6 +52,33 @@ def together(values: Mapping[str, Iterable[Any]]) -> Runs:
 def chain(*parts: Part) -> Runs:
     """The runs of one part after those of another."""
     return [run for part in parts for run in _runs(part)]
+
+
+def lengths(num_steps: Iterable[int], decay_fraction: float = 0.2) -> Runs:
+    """Runs of several lengths with a rate that is constant but for a decay at the end (wsd).
+
+    The sweep trains the longest one first; each of the others starts where its decay leaves that one,
+    with the result of a whole run, bit for bit: effarch/training/trunk.py. The longest keeps checkpoints
+    at the greatest common divisor of those starts. Raises ValueError if that is too often.
+    """
+    lengths = sorted(num_steps, reverse=True)
+    starts = [schedules.decay_start(steps, decay_fraction) for steps in lengths]
+    period = math.gcd(*starts[1:])
+    if period and starts[0] // period > MOST_CHECKPOINTS:
+        raise ValueError(
+            f"get_sweep(): lengths({lengths}) would save every {period} steps, since the decays start "
+            f"at {starts}; choose lengths with a larger common divisor, such as halves."
+        )
+    return [
+        {
+            "train.num_steps": steps,
+            "optimizer.schedule.kind": "wsd",
+            "optimizer.schedule.decay_fraction": decay_fraction,
+            "checkpoint.every_steps": period,
+            "checkpoint.keep_period": period,
+        }
+        for steps in lengths
+    ]
 
 
 def _runs(part: Part) -> Runs:

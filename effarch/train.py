@@ -30,6 +30,9 @@ BAD_STEPS = 3
 
 command_line.define_config()
 flags.DEFINE_string("workdir", None, "The run's folder (default: runs/NAME-FINGERPRINT).")
+flags.DEFINE_string(
+    "trunk", None, "A longer run's folder: start where this run's decay (wsd) leaves it."
+)
 flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of process 0.")
 flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
 flags.DEFINE_integer("process_id", None, "Several processes: the number of this one, from 0.")
@@ -44,11 +47,13 @@ def main() -> int:
             return 0
         # Imported here: --help and a mistyped flag are answered before JAX is loaded.
         from effarch.parallel import multihost
-        from effarch.training import checkpoints, freed_memory, loop, run_folder, setup
+        from effarch.training import checkpoints, freed_memory, loop, run_folder, setup, trunk
 
         freed_memory.keep()
         multihost.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         plan = setup.prepare(config)
+        if FLAGS.trunk:
+            multihost.on_first(lambda: trunk.check(plan.config, pathlib.Path(FLAGS.trunk)))
         folder = pathlib.Path(FLAGS.workdir or pathlib.Path("runs") / plan.name)
         multihost.on_first(
             lambda: run_folder.create(folder, plan.config, data=plan.dataset.fingerprint)
@@ -72,7 +77,8 @@ def _train(plan, folder: pathlib.Path) -> int:
     console = progress.stderr_console() if first else progress.silent_console()
     rows = {"run folder": folder, **plan.describe()}
     progress.header(console, list(rows.items()))
-    outcome = loop.Loop(plan, folder, console=console).run()
+    trunk = pathlib.Path(FLAGS.trunk) if FLAGS.trunk else None
+    outcome = loop.Loop(plan, folder, trunk=trunk, console=console).run()
     if outcome.exit_code == 0:
         finish.write(plan, folder, outcome, console=console)
     return outcome.exit_code

@@ -9,12 +9,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LEVELS = [
-    ("effarch.names", "effarch.sweeps"),
+    ("effarch.names",),
     ("effarch.kernels",),
     ("effarch.quantization", "effarch.parallel"),
     ("effarch.data", "effarch.models"),
     ("effarch.training.optimizers", "effarch.training.schedules"),
-    ("effarch.config",),
+    ("effarch.config", "effarch.sweeps"),
     ("effarch.config_check",),
     ("effarch.training", "effarch.configs"),
     ("effarch",),

@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import importlib.util
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from effarch import config as config_lib
 from effarch import config_check, names
+from effarch.training import trunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Run:
     fingerprint: str
     root: pathlib.Path
     """The sweep's folder."""
+    trunk: "Run | None" = None
+    """A longer run of the sweep from whose state this one's decay starts."""
 
     @property
     def name(self) -> str:
@@ -82,7 +85,19 @@ def runs(
         found.setdefault(mark, Run(checked, dict(overrides), mark, root))
     if not found:
         raise ValueError("get_sweep() returned no runs; return a list of dicts of overrides.")
-    return list(found.values())
+    return [dataclasses.replace(run, trunk=_trunk(run, found.values())) for run in found.values()]
+
+
+def _trunk(run: Run, others: Iterable[Run]) -> Run | None:
+    """The longest other run that passes through the start of this one's decay and keeps that state."""
+    fitting = [
+        other
+        for other in others
+        if other.config.train.num_steps > run.config.train.num_steps
+        and trunk.is_trunk(other.config, run.config)
+        and trunk.keeps_checkpoint(other.config, trunk.branch_step(run.config))
+    ]
+    return max(fitting, key=lambda other: other.config.train.num_steps, default=None)
 
 
 def apply(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:

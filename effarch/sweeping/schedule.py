@@ -88,6 +88,8 @@ class Sweep:
         for run in list(self._waiting):
             if len(self._active) >= self.launcher.capacity or self._signal is not None:
                 return
+            if run.trunk and status.of(run.trunk) not in (status.FINISHED, status.FAILED):
+                continue
             now = status.of(run)
             if now == status.RUNNING:  # By a process that outlived an earlier sweep.
                 continue
@@ -129,8 +131,10 @@ class Sweep:
 
 
 def _train(run: Run) -> list[str]:
-    files = (f"--config={run.config_file.resolve()}", f"--workdir={run.folder.resolve()}")
-    return [sys.executable, "-m", "effarch.train", *files]
+    flags = [f"--config={run.config_file.resolve()}", f"--workdir={run.folder.resolve()}"]
+    if run.trunk and status.finished(run.trunk):
+        flags.append(f"--trunk={run.trunk.folder.resolve()}")
+    return [sys.executable, "-m", "effarch.train", *flags]
 
 
 def _job_file(run: Run) -> pathlib.Path:

@@ -17,6 +17,7 @@ from effarch.data import batches, prefetch
 from effarch.models import accounting
 from effarch.parallel import multihost, partitioner
 from effarch.training import evaluation, progress, run_folder, setup, watchdog, writers
+from effarch.training import trunk as trunk_lib
 from effarch.training.state import TrainState
 
 INTERRUPTED = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -43,10 +44,20 @@ class Outcome:
 
 
 class Loop:
-    """One run in one folder. `run` trains from wherever the folder's checkpoints are to the end."""
+    """One run in one folder. `run` trains from wherever the folder's checkpoints are to the end.
 
-    def __init__(self, plan: setup.Setup, folder: pathlib.Path, *, console=None):
-        self.plan, self.config, self.folder = plan, plan.config, folder
+    A run that has none yet starts where its decay leaves the run in the folder `trunk`, if one is given.
+    """
+
+    def __init__(
+        self,
+        plan: setup.Setup,
+        folder: pathlib.Path,
+        *,
+        trunk: pathlib.Path | None = None,
+        console=None,
+    ):
+        self.plan, self.config, self.folder, self.trunk = plan, plan.config, folder, trunk
         self.console = console
         self.batches = batches.training(plan.dataset, self.config.data, seed=self.config.seed)
         self.key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
@@ -71,7 +82,7 @@ class Loop:
             restored = saved.restore(self.plan.target())
             if restored is None:
                 saved.check_writable()
-                start, state = 0, None
+                start, state = trunk_lib.restore(self.plan, self.trunk) if self.trunk else (0, None)
             else:
                 start, state, record = restored
                 self._resumes, self._seconds_before = record["resumes"] + 1, record["seconds"]
@@ -87,7 +98,9 @@ class Loop:
                     console=self.console,
                 ) as shown,
             ):
-                if start:
+                if start and restored is None:
+                    shown.note(f"starts from step {start:,} of {self.trunk}")
+                elif start:
                     shown.note(f"resumed from the checkpoint of step {start:,}")
                 self.writer, self.shown, self.saved = writer, shown, saved
                 state = self._steps(self._init() if state is None else state, start, total)

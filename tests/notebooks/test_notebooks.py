@@ -4,6 +4,8 @@ import json
 import pathlib
 import time
 
+import nbclient
+import nbformat
 import pytest
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "notebooks"
@@ -25,9 +27,6 @@ def test_stored_without_outputs(path):
 @pytest.mark.ci
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_in_under_three_minutes(path):
-    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
-    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
-    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     notebook = nbformat.read(path, as_version=4)
     start = time.monotonic()
     nbclient.NotebookClient(

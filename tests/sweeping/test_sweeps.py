@@ -3,7 +3,7 @@
 import pytest
 
 from effarch import config, sweeps
-from effarch.sweeping import plan
+from effarch.sweeping import plan, schedule
 
 
 def test_product_varies_the_last_part_fastest():
@@ -36,6 +36,7 @@ def test_parts_are_not_changed_or_shared():
         (lambda: sweeps.together({"a": [1], "b": [1, 2]}), "equally many values"),
         (lambda: sweeps.product({"a": "xyz"}), r"a='xyz' must be a list"),
         (lambda: sweeps.chain({"a": 3}), r"write \[3\]"),
+        (lambda: sweeps.lengths([1000, 501, 250]), r"would save every 1 steps.*401, 200"),
     ],
 )
 def test_mistakes_in_a_sweep(call, words):
@@ -106,3 +107,38 @@ def test_a_saved_config_is_a_config_file(base, tmp_path):
     path.write_text("[1]")
     with pytest.raises(ValueError, match="does not hold a config"):
         saved_config.get_config(str(path))
+
+
+def test_runs_of_several_lengths_share_the_longest_as_their_trunk(base, tmp_path):
+    sweep = sweeps.product({"seed": [1, 2]}, sweeps.lengths([500, 1000, 2000]))
+    assert [run["train.num_steps"] for run in sweep[:3]] == [2000, 1000, 500]
+    assert {run["checkpoint.keep_period"] for run in sweep} == {400}  # of the decays at 400 and 800
+    runs = plan.runs(base, sweep, tmp_path)
+    by_name = {run.name: (run.config.seed, run.config.train.num_steps) for run in runs}
+    trunks = [run.trunk and by_name[run.trunk.name] for run in runs]
+    assert trunks == [None, (1, 2000), (1, 2000), None, (2, 2000), (2, 2000)]
+    whole = {"train.num_steps": 500, "optimizer.schedule.kind": "wsd", "seed": 1}
+    alone = plan.runs(base, [whole | {"optimizer.schedule.decay_fraction": 0.2}], tmp_path)[0]
+    assert alone.trunk is None and alone.fingerprint == runs[2].fingerprint  # one and the same run
+
+
+def test_a_run_waits_for_its_trunk(base, tmp_path, monkeypatch):
+    runs = plan.runs(base, sweeps.lengths([10, 20]), tmp_path)
+    started = []
+
+    class Done:
+        id = None
+
+        def poll(self):
+            return 0
+
+    class Launcher:
+        capacity = 2
+
+        def start(self, name, command, log):
+            started.append((name, [part for part in command if part.startswith("--trunk")]))
+            return Done()
+
+    monkeypatch.setattr(schedule.status, "finished", lambda run: run.name in dict(started))
+    assert schedule.Sweep(runs, Launcher(), poll_seconds=0).run() == 0
+    assert started == [(runs[0].name, []), (runs[1].name, [f"--trunk={runs[0].folder}"])]

@@ -5,9 +5,12 @@
     python -m effarch.train --config=configs/hybrids.py:model=kimi_linear,size=1.3b,on=v6e-64
 
 `study` is the hybrid study's grid, arXiv 2507.06457: `ratio` recurrent layers to one of full attention
-(24, 12, 6 or 3 there), 0 for none. The other patterns are those of their papers with dense feed-forwards
-and our widths and head sizes, so that what differs between two of them is the pattern.
+(24, 12, 6 or 3 there), 0 for none. A depth of 24 has then 1, 2, 3 or 6 layers of full attention, evenly
+placed; the study does not say where. The other patterns are those of their papers with dense
+feed-forwards and our widths and head sizes, so that what differs between two of them is the pattern.
 """
+
+import itertools
 
 from effarch import config, names
 from effarch.configs import machines, recipes
@@ -43,7 +46,7 @@ def get_config(arg=""):
     if model == "study":
         mixer = names.lookup({name: name for name in STUDIED}, switches["mixer"], "mixer")
         c.name = f"study-{mixer}-{switches['ratio']}-{size}"
-        c.model.layers = _study(mixer, switches["ratio"])
+        c.model.layers = _study(mixer, switches["ratio"], c.model.depth)
     elif model == "deltanet_global":
         c.model.layers = _two_global(c.model.depth)
     _sizes(c.model, head_dim, *delta_heads)
@@ -51,12 +54,22 @@ def get_config(arg=""):
     return c
 
 
-def _study(mixer: str, ratio: int) -> str:
+def _study(mixer: str, ratio: int, depth: int) -> str:
+    """Full attention ends each of nearly equal parts, of which there is at least one."""
     if ratio < 0:
         raise ValueError(
             f"config argument ratio={ratio} must not be negative; 0 leaves attention out."
         )
-    return f"{ratio}*{mixer}/glu + attention/glu" if ratio else f"{mixer}/glu"
+    layer = f"{mixer}/narrow" if mixer == "retnet" else f"{mixer}/glu"
+    if ratio == 0:
+        return layer
+    count = min(max(1, round(depth / (ratio + 1))), depth // 2)
+    if count == 1:
+        return f"repeat: {layer}; last: attention/glu"
+    ends = [depth * part // count for part in range(count + 1)]
+    return " + ".join(
+        f"{stop - start - 1}*{layer} + attention/glu" for start, stop in itertools.pairwise(ends)
+    )
 
 
 def _two_global(depth: int) -> str:
@@ -71,6 +84,8 @@ def _two_global(depth: int) -> str:
 def _sizes(m, head_dim: int, delta_heads: int, delta_head_dim: int) -> None:
     """Heads as wide as the width asks for; windows of half a training row."""
     blocks, count = m.blocks, m.width // head_dim
+    # RetNet's feed-forward has half the width, because its mixer has twice the parameters.
+    blocks.narrow = config.block("glu", hidden=-(-(m.width * 4 // 3) // 256) * 256)
     heads = m.width // min(64, head_dim)
     blocks.attention.num_heads = heads
     window = 2048 if m.width >= 1024 else 128
@@ -81,6 +96,7 @@ def _sizes(m, head_dim: int, delta_heads: int, delta_head_dim: int) -> None:
     blocks.gated_attention.update(use_gate=True, rope_fraction=0.25)
     blocks.gated_delta_net.update(num_heads=delta_heads, head_dim=delta_head_dim)
     blocks.delta_net.head_dim = blocks.hgrn2.head_dim = blocks.kda.head_dim = head_dim
+    blocks.hgrn.bound_by_depth = blocks.hgrn2.bound_by_depth = True
     blocks.mamba2.update(head_dim=head_dim // 2, state_dim=head_dim)
     rope_dim = head_dim // 2
     blocks.latent_attention.update(num_heads=count, latent_dim=4 * head_dim, rope=False)

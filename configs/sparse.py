@@ -1,10 +1,12 @@
-"""Sparse feed-forwards and Spark attention beside their dense baseline, at equal parameters.
+"""Sparse and structured feed-forwards and Spark attention beside their dense baselines.
 
     python -m effarch.train --config=configs/sparse.py:size=tiny,ffn=spark
     python -m effarch.train --config=configs/sparse.py:size=tiny,ffn=spark,mixer=spark,fraction=0.25
 
-`ffn`: glu (GeGLU, the baseline), spark, topk (the same threshold on all of the gate), exact (by
-sorting), relu, relu2, drelu, q_sparse, poly_norm. `fraction`: active neurons of spark, topk and exact.
+`ffn`, at equal parameters: glu (GeGLU, the baseline), spark, topk (the same threshold on all of the
+gate), exact (by sorting), relu, relu2, drelu, q_sparse, poly_norm, mlp. With fewer: mlp factored as
+low_rank, block_dense, block_shuffle or sltrain; `guided`: steps of their self-guided training.
+`fraction`: active neurons of spark, topk and exact.
 2b has the shape of Gemma 2 2B, which Spark Transformer starts from (arXiv 2506.06644).
 """
 
@@ -30,13 +32,18 @@ FFNS = {
     "drelu": ("sparse_glu", 1, dict(selection="none", activation="relu", up_activation="relu")),
     "q_sparse": ("q_sparse", 1, {}),
     "poly_norm": ("mlp", 1.5, dict(activation="poly_norm")),
+    "mlp": ("mlp", 1.5, {}),
+    **{
+        form: ("structured_mlp", 1.5, dict(form=form))
+        for form in ("low_rank", "block_dense", "block_shuffle", "sltrain")
+    },
 }
 MIXERS = {"attention": "attention", "spark": "spark_attention"}
 
 
 def get_config(arg=""):
     switches = config.parse_arg(
-        arg, size="tiny", ffn="spark", mixer="attention", fraction=0.08, on=""
+        arg, size="tiny", ffn="spark", mixer="attention", fraction=0.08, guided=0, on=""
     )
     size, ffn = switches["size"], switches["ffn"]
     width, depth, num_heads = names.lookup(SIZES, size, "size")
@@ -51,6 +58,8 @@ def get_config(arg=""):
     c.model.blocks[kind].update(options | dict(hidden=int(wider * hidden)))
     if ffn in ("spark", "topk", "exact"):
         c.model.blocks[kind].active_fraction = switches["fraction"]
+    if kind == "structured_mlp":
+        c.model.blocks[kind].guided_steps = switches["guided"]
     if size == "tiny":
         c.model.blocks.spark_attention.num_keys = 64
     if size == "2b":

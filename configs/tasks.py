@@ -4,13 +4,14 @@
     python -m effarch.train --config=configs/tasks.py:task=state_tracking,mixer=delta_net \\
         --config.data.task.state_tracking.group=Z2 --config.model.blocks.delta_net.allow_neg_eigval=true
     python -m effarch.evaluate --run=runs/FOLDER --seq_len=256
+    python -m effarch.sweep --config=configs/tasks.py:tasks=all,mixers=kda+gla+attention
 
 Layer 0 is attention over two tokens, in place of the short convolution of the published recall setups
 (arXiv 2402.18668), so that no mixer lacks the neighbour; the others are the mixer, alone or with a
 feed-forward. Recurrent mixers have two heads with states of head_dim x head_dim.
 """
 
-from effarch import config, names
+from effarch import config, names, sweeps
 from effarch.models import mixers
 
 #    task: (layers after the first, depth, rows, tokens a row, steps, options that differ)
@@ -29,9 +30,19 @@ TASKS = {
 }
 
 
+SWITCHES = {
+    "task": "mqar",
+    "mixer": "gated_delta_net",
+    "head_dim": 16,
+    "tasks": "all",
+    "mixers": "",
+}
+"""`tasks` and `mixers` are of the sweep: names joined by +."""
+
+
 def get_config(arg=""):
-    switches = config.parse_arg(arg, task="mqar", mixer="gated_delta_net", head_dim=16)
-    task, mixer, head_dim = switches.values()
+    switches = config.parse_arg(arg, **SWITCHES)
+    task, mixer, head_dim = (switches[name] for name in ("task", "mixer", "head_dim"))
     layers, depth, *sizes, options = names.lookup(TASKS, task, "task")
     names.lookup(mixers.KINDS, mixer, "mixer")
     c = config.default()
@@ -51,6 +62,20 @@ def get_config(arg=""):
     c.eval.every_steps = c.checkpoint.every_steps = c.train.num_steps // 4
     c.eval.max_batches = 4
     return c
+
+
+def get_sweep(arg=""):
+    """Every mixer on every task, one run each."""
+    switches = config.parse_arg(arg, **SWITCHES)
+    found = list(TASKS) if switches["tasks"] == "all" else switches["tasks"].split("+")
+    kinds = (switches["mixers"] or switches["mixer"]).split("+")
+    head_dim = switches["head_dim"]
+    runs = [
+        get_config(f"task={task},mixer={mixer},head_dim={head_dim}")
+        for task in found
+        for mixer in kinds
+    ]
+    return sweeps.configs(get_config(arg), runs)
 
 
 def _sizes(m, head_dim: int) -> None:

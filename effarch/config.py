@@ -112,10 +112,19 @@ def _default_model() -> ConfigDict:
     m.lora.rank = 0  # 0: none
     m.lora.alpha = 16.0  # their product is multiplied by alpha / rank
     m.lora.paths = ("layers/**",)  # the linear layers that get one
+    m.structured = ConfigDict()  # linear layers kept as factors
+    m.structured.form = "none"  # low_rank, block_dense, block_shuffle, sltrain
+    m.structured.rank = 0  # of low_rank, block_dense and sltrain
+    m.structured.blocks = 4  # of block_dense and block_shuffle
+    m.structured.density = 0.03  # sltrain: entries of the sparse part over those of the matrix
+    m.structured.scale = 16.0  # sltrain: the low-rank part is multiplied by scale / rank
+    m.structured.guided_steps = 0  # over which a dense matrix beside them fades out; 0: none
+    m.structured.reduce_flops = True  # and used at random, less and less often
+    m.structured.paths = ("layers/*/ffn/**",)  # the linear layers that are kept so
     m.dtype = "auto"  # activations: float32, bfloat16; auto: bfloat16 except on CPUs
     m.param_dtype = "float32"  # master weights
     m.scan = "auto"  # equal periods of layers as a loop: always, never; auto: except on CPUs
-    m.remat = "none"  # kept for the backward pass: none (all), dots, weight_dots, full (inputs)
+    m.remat = "none"  # kept for the backward pass: none (all), dots, selective, full, names:...
     m.blocks = ConfigDict()  # the sections that model.layers names; their options: the constructors
     for kind in (*mixers.KINDS, *ffns.KINDS):
         m.blocks[kind] = block(kind)
@@ -131,7 +140,11 @@ def _default_quantization() -> ConfigDict:
     q.keep_last = 0  # and so many last ones
     q.start_step = 0  # steps trained without rounding at the start
     q.tail_steps = 0  # and at the end
-    q.native = False  # multiply float8 and int8 numbers as they are; False: rounded values
+    q.anneal_steps = 0  # last steps in which, with ofq, only weights near a threshold move (CGA)
+    q.anneal_reach = 0.005  # how near, in steps between levels
+    q.saved_group = 0  # above 0: norms and activations keep FP8 copies in such groups (COAT: 16)
+    q.metrics_every = 0  # steps between looks at what rounding does to each layer; 0: none
+    q.native = False  # multiply float8, int8 and FP4 numbers as they are; False: rounded values
     for kind in recipes.KINDS:
         if kind != "none":
             q[kind] = ConfigDict(recipes.options(kind))
@@ -140,7 +153,7 @@ def _default_quantization() -> ConfigDict:
 
 def _default_optimizer() -> ConfigDict:
     o = ConfigDict()
-    o.kind = "adamw"  # adamw, muon, coat, adam8bit
+    o.kind = "adamw"  # adamw, muon, coat, adam8bit, dct_adamw, trion, galore
     o.learning_rate = 1e-3  # peak
     o.schedule = ConfigDict()
     o.schedule.kind = "cosine"  # cosine, wsd, constant
@@ -219,6 +232,8 @@ def _identity(config) -> dict:
         model.pop(name)
     if not model.get("lora", {}).get("rank"):
         model.pop("lora", None)
+    if model.get("structured", {}).get("form", "none") == "none":
+        model.pop("structured", None)
     for kind in set(optimizers.KINDS) - {optimizer["kind"]}:
         optimizer.pop(kind, None)
     task = fields["data"].pop("task", {"name": "none"})

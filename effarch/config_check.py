@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from effarch import config as config_lib
 from effarch import names
 from effarch.data import tasks
-from effarch.models import build, ffns, layer_language, mixers, registry, stack
+from effarch.models import build, ffns, layer_language, mixers, registry, remat
+from effarch.models.layers import structures
 from effarch.parallel import mesh as mesh_lib
 from effarch.quantization import recipes
 from effarch.training import optimizers, schedules
@@ -27,6 +28,7 @@ POSITIVE = (
     "model.lora.alpha",
     "model.norm.eps",
     "model.residual_scale",
+    "model.structured.scale",
     "model.width",
     "optimizer.learning_rate",
     "train.accumulate",
@@ -44,12 +46,19 @@ NOT_NEGATIVE = (
     "log.sample_tokens",
     "model.init_std",
     "model.lora.rank",
+    "model.structured.blocks",
+    "model.structured.guided_steps",
+    "model.structured.rank",
     "model.vocab_size",
     "model.z_loss",
     "optimizer.clip_norm",
     "optimizer.schedule.warmup_steps",
+    "quantization.anneal_reach",
+    "quantization.anneal_steps",
     "quantization.keep_first",
     "quantization.keep_last",
+    "quantization.metrics_every",
+    "quantization.saved_group",
     "quantization.start_step",
     "quantization.tail_steps",
     "seed",
@@ -59,7 +68,7 @@ CHOICES = {
     "model.dtype": ("auto", *build.DTYPES),
     "model.param_dtype": tuple(build.DTYPES),
     "model.scan": ("auto", "always", "never"),
-    "model.remat": tuple(stack.REMAT_POLICIES),
+    "model.structured.form": ("none", *structures.FORMS),
     "model.norm.placement": ("pre", "post", "peri"),
     "optimizer.kind": tuple(optimizers.KINDS),
     "optimizer.schedule.kind": tuple(schedules.KINDS),
@@ -80,6 +89,7 @@ def finish(config: ConfigDict, *, num_devices: int | None = None):
         _require(_get(checked, field) >= 0, field, checked, "must not be negative")
     for field, known in CHOICES.items():
         names.lookup(dict.fromkeys(known), _get(checked, field), field)
+    remat.policy(checked.model.remat)
     _check_batch(checked, num_devices)
     return config_lib.freeze(checked)
 

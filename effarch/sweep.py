@@ -8,6 +8,7 @@ Examples:
   python -m effarch.sweep --config=my_sweep.py --launcher=slurm --gpus=1 \\
       --launcher_options=partition=gpu,time=240,cpus_per_task=8
   python -m effarch.sweep --config=my_sweep.py --launcher=ray --launcher_options=cpus=4
+  python -m effarch.sweep --config=tasks:tasks=mqar+copying,mixers=kda+gla   # or tasks=all
   python -m effarch.sweep --config=my_sweep.py --collect
 
 The same command goes on with a sweep that was stopped: finished runs are skipped, others resumed; runs
@@ -33,7 +34,7 @@ flags.DEFINE_integer("parallel", 0, "Runs at a time (local: 1, clusters: all).",
 flags.DEFINE_integer("gpus", 0, "GPUs of a run (0: local runs see all).", lower_bound=0)
 flags.DEFINE_bool("retry_failed", False, "Run failed ones again.")
 flags.DEFINE_bool("dry_run", False, "Only print the runs: sizes, FLOPs, tokens, lr, batch.")
-flags.DEFINE_bool("collect", False, "Only write results.csv and report.html of what is there.")
+flags.DEFINE_bool("collect", False, "Only the table, results.csv and report.html of what is there.")
 
 
 def main() -> int:
@@ -50,6 +51,7 @@ def main() -> int:
             print(results.dry_run(runs))
             return 0
         code = 0 if FLAGS.collect else _run(runs, root)
+        print(results.table(runs))
         for path in results.write(runs, root):
             print(path)
     return code

@@ -15,6 +15,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from effarch.training import schedules
 
 MOST_CHECKPOINTS = 100
@@ -54,6 +56,18 @@ def chain(*parts: Part) -> Runs:
     return [run for part in parts for run in _runs(part)]
 
 
+def configs(base: ConfigDict, others: Iterable[ConfigDict]) -> Runs:
+    """Whole configs as runs of a sweep: the fields in which each differs from the base."""
+    return [
+        {
+            field: value
+            for field, value in _fields(other).items()
+            if value != _fields(base).get(field)
+        }
+        for other in others
+    ]
+
+
 def lengths(num_steps: Iterable[int], decay_fraction: float = 0.2) -> Runs:
     """Runs of several lengths with a rate that is constant but for a decay at the end (wsd).
 
@@ -79,6 +93,15 @@ def lengths(num_steps: Iterable[int], decay_fraction: float = 0.2) -> Runs:
         }
         for steps in lengths
     ]
+
+
+def _fields(section: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """path.to.field -> value."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        inner = isinstance(value, ConfigDict)
+        found |= _fields(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return found
 
 
 def _runs(part: Part) -> Runs:

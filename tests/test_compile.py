@@ -129,16 +129,16 @@ def test_advice_shrinks_what_is_in_the_way():
 def test_search_grows_micro_batches_until_one_fits(monkeypatch):
     class Found:
         def __init__(self, config):
-            needed = {"none": 8, "weight_dots": 4, "full": 1}[config.model.remat]
+            needed = {"none": 8, "selective": 4, "full": 1}[config.model.remat]
             fits = config.train.accumulate >= needed
             self.memory = type("Memory", (), {"fits": fits})
             self.shrink = 1 if fits else needed // config.train.accumulate
-            self.seconds = {"none": 1.0, "weight_dots": 1.1, "full": 1.3}[config.model.remat]
+            self.seconds = {"none": 1.0, "selective": 1.1, "full": 1.3}[config.model.remat]
 
     monkeypatch.setattr(search.report, "compile_step", lambda config, target: Found(config))
     done = list(search.run(transformer.get_config("size=tiny"), V5P))
     tried = [(one["model.remat"], one["train.accumulate"]) for one, _ in done]
-    assert tried == [("none", 1), ("none", 8), ("weight_dots", 1), ("weight_dots", 4), ("full", 1)]
+    assert tried == [("none", 1), ("none", 8), ("selective", 1), ("selective", 4), ("full", 1)]
     assert search.best(done)[0]["model.remat"] == "none"
     assert search.best(done[:1]) is None
 

@@ -18,6 +18,8 @@ LEVELS = [
     ("effarch.config_check",),
     ("effarch.training", "effarch.configs"),
     ("effarch",),
+    ("effarch.kernels.report",),
+    ("effarch.kernels.bench",),
 ]
 """Lowest first. A module belongs to its longest prefix and imports its own level's part or lower."""
 

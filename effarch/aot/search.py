@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from effarch.aot import report
 from effarch.parallel import topologies
 
-REMAT = ("none", "weight_dots", "full")
+REMAT = ("none", "selective", "full")
 """From what keeps most to what keeps least."""
 TRIES = 3
 """Compiles for one mesh and rematerialisation: as asked, as predicted to fit, half of that."""

@@ -103,6 +103,8 @@ def _idle(block) -> int:
 
 
 def _is_matrix(info: parameters.ParamInfo) -> bool:
+    if "sparse" in info.logical:  # the entries of a sparse matrix
+        return True
     return len(info.matrix_axes) == 2 and info.decay and "conv" not in info.logical
 
 

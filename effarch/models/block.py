@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from effarch.models import remat
 from effarch.models.context import Context
 from effarch.models.layers import norm
 
@@ -74,10 +75,12 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], ctx: Context, cache=None):
         """Returns the stream, the mixer's cache and the aux of mixer and ffn together."""
-        y, cache, aux = self.mixer(self.mixer_residual.enter(x_BTD, ctx), ctx, cache)
-        x_BTD = self.mixer_residual.leave(x_BTD, y, ctx)
+        z_BTD = remat.tag(self.mixer_residual.enter(x_BTD, ctx), "mixer_in")
+        y, cache, aux = self.mixer(z_BTD, ctx, cache)
+        x_BTD = self.mixer_residual.leave(x_BTD, remat.tag(y, "mixer_out"), ctx)
         if self.ffn is not None:
-            y, ffn_aux = self.ffn(self.ffn_residual.enter(x_BTD, ctx), ctx)
-            x_BTD = self.ffn_residual.leave(x_BTD, y, ctx)
+            z_BTD = remat.tag(self.ffn_residual.enter(x_BTD, ctx), "ffn_in")
+            y, ffn_aux = self.ffn(z_BTD, ctx)
+            x_BTD = self.ffn_residual.leave(x_BTD, remat.tag(y, "ffn_out"), ctx)
             aux = aux | ffn_aux
         return x_BTD, cache, aux

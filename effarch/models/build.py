@@ -9,12 +9,14 @@ from flax import nnx
 from effarch.kernels import platform
 from effarch.models import block as block_lib
 from effarch.models import (
+    depth_starts,
     ffns,
     init_rules,
     language_model,
     layer_adapters,
     layer_language,
     layer_recipes,
+    layer_structures,
     mixers,
     parameters,
     registry,
@@ -39,15 +41,20 @@ def model(
     planned = layer_language.runs(config.layers, config.depth)
     makers = {layer: _block_maker(config, layer, shared) for run in planned for layer in run.period}
     recipes = layer_recipes.assign(quantization, planned, makers)
+    saved_group = 0 if quantization is None else quantization.saved_group
     adapted = layer_adapters.assign(config.lora, planned, makers)
-    found = {number: (recipes[number], adapted[number]) for number in recipes}
+    structured = layer_structures.assign(config.structured, planned, makers)
+    found = {n: (recipes[n], adapted[n], structured[n]) for n in recipes}
     for run in planned:
         keys = [jax.random.split(rngs.params(), run.repeats) for _ in run.period]
         for part in layer_recipes.parts(run, found):
             names = []
             for position, layer in enumerate(part.period):
                 number = part.start + position
-                make = layer_recipes.with_quantizers(makers[layer], recipes[number])
+                make = layer_structures.with_structures(
+                    makers[layer], structured[number], config.structured
+                )
+                make = layer_recipes.with_quantizers(make, recipes[number], saved_group)
                 make = layer_adapters.with_adapters(make, adapted[number], config.lora, param_dtype)
                 first = (part.start - run.start) // len(run.period)
                 part_keys = keys[position][first : first + part.repeats]
@@ -78,6 +85,7 @@ def model(
         unroll=unrolled(config.scan),
         remat=config.remat,
     )
+    depth_starts.apply(built, config.depth)
     init_rules.apply(built, config.init_rules)
     return built
 

@@ -45,9 +45,7 @@ class LanguageModel(nnx.Module):
 
         The stream is normed and multiplied by `logit_scale`.
         """
-        x_BTD = ctx.shard(self.embed(tokens_BT, ctx), "batch", "stream", None)
-        if self.embed_norm is not None:
-            x_BTD = self.embed_norm(x_BTD)
+        x_BTD = self.enter(tokens_BT, ctx)
         new_cache, aux = {}, {}
         for names in self.runs:
             x_BTD, caches, auxes = stack.apply(
@@ -61,11 +59,18 @@ class LanguageModel(nnx.Module):
             )
             new_cache |= dict(zip(names, caches))
             aux |= dict(zip(names, auxes))
+        return self.leave(x_BTD), None if cache is None else new_cache, aux
+
+    def enter(self, tokens_BT: Int[Array, "B T"], ctx: Context) -> Float[Array, "B T D"]:
+        """The stream before the first layer."""
+        x_BTD = ctx.shard(self.embed(tokens_BT, ctx), "batch", "stream", None)
+        return x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
+
+    def leave(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The stream for the head, from that after the last layer."""
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
-        if self.logit_scale != 1.0:
-            x_BTD = self.logit_scale * x_BTD
-        return x_BTD, None if cache is None else new_cache, aux
+        return x_BTD if self.logit_scale == 1.0 else self.logit_scale * x_BTD
 
     def head_matrix(self) -> Float[Array, "D W"]:
         """The output matrix; the transposed table if tied."""

@@ -19,8 +19,18 @@ def assign(
 
     Raises ValueError for a pattern that matches no linear layer.
     """
+    return match(options.paths if options.rank else (), "model.lora.paths", runs, makers)
+
+
+def match(
+    patterns: Sequence[str],
+    field: str,
+    runs: Sequence[Run],
+    makers: Mapping[Layer, Callable[[nnx.Rngs], nnx.Module]],
+) -> dict[int, tuple[str, ...]]:
+    """Layer number -> paths within its block of linear layers that a pattern of `field` matches."""
     layers = [layer for run in runs for layer in run.period * run.repeats]
-    if not options.rank:
+    if not patterns:
         return dict.fromkeys(range(len(layers)), ())
     inside = {layer: _paths(make) for layer, make in makers.items()}
     paths = [
@@ -29,13 +39,13 @@ def assign(
         for path in inside[layer]
     ]
     found: dict[int, set[str]] = {number: set() for number in range(len(layers))}
-    for index, text in enumerate(options.paths):
+    for index, text in enumerate(patterns):
         pattern = names.glob(text)
         matched = [(number, path) for number, path, public in paths if pattern.fullmatch(public)]
         if not matched:
             known = ", ".join(sorted({path for _, path, _ in paths}))
             raise ValueError(
-                f"model.lora.paths[{index}]: {text!r} matches no linear layer; write a pattern such as "
+                f"{field}[{index}]: {text!r} matches no linear layer; write a pattern such as "
                 f"'layers/*/mixer/**' for one of {known}."
             )
         for number, path in matched:

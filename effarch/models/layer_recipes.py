@@ -57,12 +57,13 @@ def parts(run: Run, found: Mapping[int, Any]) -> list[Run]:
     return [Run(run.start + group[0] * length, run.period, len(group)) for group in groups]
 
 
-def with_quantizers(make: Callable[[nnx.Rngs], nnx.Module], found: Recipes):
-    """`make` followed by giving the block its quantizers."""
+def with_quantizers(make: Callable[[nnx.Rngs], nnx.Module], found: Recipes, saved_group: int = 0):
+    """`make` followed by giving the block its quantizers and its FP8 copies in groups of that size."""
 
     def make_both(rngs: nnx.Rngs) -> nnx.Module:
         block = make(rngs)
         quantizer.attach(block, found)
+        quantizer.keep_small(block, saved_group)
         return block
 
     return make_both

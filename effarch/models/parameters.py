@@ -11,6 +11,8 @@ import re
 import jax
 from flax import nnx
 
+STACKING = ("layers", "experts", "blocks")
+"""Axes along which an array holds separate matrices."""
 _STACK = re.compile(r"^(\d+)(?:\+(\d+)x(\d+))?$")
 
 
@@ -29,8 +31,8 @@ class ParamInfo:
 
     @property
     def matrix_axes(self) -> tuple[str | None, ...]:
-        """The logical axes of one layer's (and one expert's) part."""
-        return tuple(axis for axis in self.logical if axis not in ("layers", "experts"))
+        """The logical axes of one layer's (and one expert's, or block's) part."""
+        return tuple(axis for axis in self.logical if axis not in STACKING)
 
 
 def stack_name(start: int, step: int, repeats: int) -> str:

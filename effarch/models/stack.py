@@ -10,16 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effarch.models import remat as remat_lib
 from effarch.models.context import Context
-from effarch.models.layers import quantizer
-
-REMAT_POLICIES: dict[str, Callable | None] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "weight_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-"""What a period keeps for its backward pass: everything, its input, its products, its projections."""
+from effarch.models.layers import guide, quantizer
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], keys: jax.Array) -> nnx.Module:
@@ -58,13 +51,15 @@ def apply(
             cache = None if caches is None else caches[position]
             block, own_ctx = nnx.merge(graphdef, state), _for_layer(ctx, number)
             quantizer.prepare(block, own_ctx)
+            guide.prepare(block, own_ctx)
             x, cache, aux = block(x, own_ctx, cache)
             new_caches.append(cache)
             auxes.append(aux)
         return x, (new_caches, auxes)
 
-    if REMAT_POLICIES[remat] is not None and caches is None:
-        period = jax.checkpoint(period, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
+    policy = remat_lib.policy(remat) if caches is None else None
+    if policy is not None:
+        period = jax.checkpoint(period, policy=policy, prevent_cse=unroll)
     layers = (states, caches, jnp.arange(repeats))
     x, (new_caches, auxes) = jax.lax.scan(period, x, layers, unroll=repeats if unroll else 1)
     return x, new_caches, auxes

@@ -36,8 +36,8 @@ QUEST_ALPHA = {
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def estimate(x: Float[Array, "A B"], rule, axis: int) -> Float[Array, "A B"]:
-    """Q(x H) of a rule along `axis`, float32, with the rule's gradient."""
+def estimate(x: Float[Array, "..."], rule, axis: int | tuple[int, ...]) -> Float[Array, "..."]:
+    """Q(x H) of a rule along `axis`, float32, with the rule's gradient. Several dimensions: `Stats`."""
     return _estimate_forward(x, rule, axis)[0]
 
 

@@ -4,22 +4,26 @@
 
 x [T,I], w [I,O], e [T,O]: the products contract I, O and T, and blocks lie along what is contracted.
 The gradient is straight-through: rounding counts as the identity. "Fake" products round values and
-multiply them in `dtype`; "native" ones multiply float8 or int8 numbers where every scale can wait
-until after the product, and then both give the same bits (int8: while sums stay below 2^24).
+multiply them in `dtype`; "native" ones multiply the small numbers themselves: float8 or int8 where
+every scale can wait until after the product, and then both give the same bits (int8: while sums stay
+below 2^24); blocks with their scales where hardware does (see `native`).
 """
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from effarch.kernels import platform
 from effarch.kernels.hadamard import api as hadamard
 from effarch.kernels.quantize import api as quantize
 from effarch.kernels.quantize import rounding as rounding_lib
 from effarch.kernels.quantize import scales
 from effarch.kernels.quantize.formats import Format
+from effarch.quantization import native
 
 SPREADS = ("block", "tile", "tensor")
 
@@ -47,6 +51,11 @@ class Operand:
     @property
     def is_random(self) -> bool:
         return self.rounding == "stochastic" or self.rotate > 0
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether hardware multiplies such blocks."""
+        return self.spread != "tensor" and native.has_blocks(self.format)
 
     def block_sizes(self) -> tuple[int, int]:
         """What must divide (the contraction, the other dimension)."""
@@ -77,7 +86,20 @@ class Products:
     def is_random(self) -> bool:
         return any(operand.is_random for operand in self.operands().values())
 
+    @property
+    def native_blocks(self) -> bool:
+        """Whether a native product of these needs block-scaled instructions."""
+        return self.native and any(self.is_in_blocks(name) for name in ("y_x", "dx_e", "dw_x"))
 
+    def is_in_blocks(self, name: str) -> bool:
+        """Whether the operand and its partner are blocks of one format that hardware multiplies."""
+        pair = [getattr(self, one) for one in next(pair for pair in PAIRS if name in pair)]
+        both = all(operand is not None and operand.in_blocks for operand in pair)
+        return both and pair[0].format.element == pair[1].format.element
+
+
+PAIRS = (("y_x", "y_w"), ("dx_e", "dx_w"), ("dw_x", "dw_e"))
+"""The operands of each product."""
 PLAIN = Products()
 """No rounding."""
 
@@ -101,6 +123,16 @@ def multiply(
     return _multiply((products, dtype), x, w, seed, amax, probe)
 
 
+class _Rounded(NamedTuple):
+    """value * block scale * scale, as far as they are not applied yet."""
+
+    values: Array
+    scale: Array | None
+    """[1] or [others]: for the result of the product."""
+    blocks: Array | None = None
+    """Block scales of a native product; its values are on the format's grid."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(static, x, w, seed, amax, probe):
     return _forward(static, x, w, seed, amax, probe)[0]
@@ -109,13 +141,13 @@ def _multiply(static, x, w, seed, amax, probe):
 def _forward(static, x, w, seed, amax, probe):
     products, dtype = static
     amax_x, amax_w = (None, None) if amax is None else (amax[0], amax[1])
-    x_rounded = _rounded(products.y_x, x, 1, dtype, amax=amax_x)
-    w_rounded = _rounded(products.y_w, w, 0, dtype, amax=amax_w)
-    y = _product(products, x_rounded, 1, w_rounded, 0).astype(dtype)
+    x_rounded = _rounded(products, "y_x", x, 1, dtype, amax=amax_x)
+    w_rounded = _rounded(products, "y_w", w, 0, dtype, amax=amax_w)
+    y = _product(products, "y_x", x_rounded, 1, w_rounded, 0).astype(dtype)
     seen = None if probe is None else jnp.stack([_largest(x), _largest(w)])
     # What the backward pass would round in the same way is kept rounded.
-    x_kept = x_rounded if _same(products.y_x, products.dw_x) else x
-    w_kept = w_rounded if _same(products.y_w, products.dx_w) else w
+    x_kept = _kept(x_rounded, products.y_x) if _same(products.y_x, products.dw_x) else x
+    w_kept = _kept(w_rounded, products.y_w) if _same(products.y_w, products.dx_w) else w
     like = (jnp.zeros((), x.dtype), jnp.zeros((), w.dtype))
     return y, (x_kept, w_kept, like, seed, amax, seen)
 
@@ -128,17 +160,14 @@ def _backward(static, saved, e):
     amax_x, amax_w, amax_e = (None, None, None) if amax is None else amax
 
     def rounded(name, array, axis, amax):
-        if isinstance(array, tuple):
-            return array
-        operand = getattr(products, name)
-        return _rounded(operand, array, axis, dtype, seeds.get(name), signs, amax)
+        if isinstance(array, _Rounded):
+            return array._replace(values=array.values.astype(dtype))
+        return _rounded(products, name, array, axis, dtype, seeds.get(name), signs, amax)
 
-    dx = _product(
-        products, rounded("dx_e", e, 1, amax_e), 1, rounded("dx_w", w, 1, amax_w), 1
-    ).astype(like_x.dtype)
-    dw = _product(
-        products, rounded("dw_x", x, 0, amax_x), 0, rounded("dw_e", e, 0, amax_e), 0
-    ).astype(like_w.dtype)
+    e_rounded, w_rounded = rounded("dx_e", e, 1, amax_e), rounded("dx_w", w, 1, amax_w)
+    dx = _product(products, "dx_e", e_rounded, 1, w_rounded, 1).astype(like_x.dtype)
+    x_rounded, e_rounded = rounded("dw_x", x, 0, amax_x), rounded("dw_e", e, 0, amax_e)
+    dw = _product(products, "dw_x", x_rounded, 0, e_rounded, 0).astype(like_w.dtype)
     d_probe = None if seen is None else jnp.append(seen, _largest(e))
     return dx, dw, None, None, d_probe
 
@@ -146,53 +175,70 @@ def _backward(static, saved, e):
 _multiply.defvjp(_forward, _backward)
 
 
-def _rounded(operand, x, axis, dtype, seed=None, signs=None, amax=None):
-    """(values, scale or None): values in `dtype`, the scale [others] is for the product."""
+def _rounded(products, name, x, axis, dtype, seed=None, signs=None, amax=None) -> _Rounded:
+    """Values in `dtype`, rounded as the operand `name` says."""
+    operand = getattr(products, name)
     if operand is None:
-        return x.astype(dtype), None
+        return _Rounded(x.astype(dtype), None)
     fmt = operand.format
     x = x.astype(jnp.float32)
     if operand.rotate:
         x = hadamard.hadamard(x, block_size=operand.rotate, axis=axis, signs=signs[operand.rotate])
     if amax is not None:
         scale, _ = scales.of_blocks(amax, fmt, 1.0)
-        return rounding_lib.nearest(x / scale, fmt.element).astype(dtype), scale.reshape(1)
+        return _Rounded(
+            rounding_lib.nearest(x / scale, fmt.element).astype(dtype), scale.reshape(1)
+        )
     dims = {"block": axis, "tile": (0, 1), "tensor": None}[operand.spread]
     axes = quantize.blocked_axes(x.shape, fmt, dims)
     values, block, tensor = quantize.scaled(
         x, fmt, axes, rounding=operand.rounding, seed=seed, headroom=operand.headroom
     )
     if operand.scale_waits:
-        return values.astype(dtype), (block * tensor).reshape(-1)
-    return quantize.rescale(values, block, axes).astype(dtype), tensor.reshape(1)
+        return _Rounded(values.astype(dtype), (block * tensor).reshape(-1))
+    if products.native and products.is_in_blocks(name):
+        return _Rounded(values.astype(dtype), tensor.reshape(1), block)
+    return _Rounded(quantize.rescale(values, block, axes).astype(dtype), tensor.reshape(1))
 
 
-def _product(products, a, axis_a, b, axis_b):
-    """a and b contracted over the named axes, float32, with both scales applied."""
-    (values_a, scale_a), (values_b, scale_b) = a, b
-    kinds = _native_kinds(products, axis_a, axis_b)
-    if kinds is not None:
-        values_a, values_b = values_a.astype(kinds[0]), values_b.astype(kinds[1])
-    sum_dtype = jnp.int32 if values_a.dtype == jnp.int8 else jnp.float32
-    dims = (((axis_a,), (axis_b,)), ((), ()))
-    y = jax.lax.dot_general(values_a, values_b, dims, preferred_element_type=sum_dtype)
-    y = y.astype(jnp.float32)
-    y = y if scale_a is None else y * scale_a[:, None]
-    return y if scale_b is None else y * scale_b
+def _product(products, name, a, axis_a, b, axis_b):
+    """a and b, contracted over the named axes, float32, with their scales applied; a is `name`."""
+    first, second = [getattr(products, one) for one in next(p for p in PAIRS if name in p)]
+    if a.blocks is not None:
+        y = native.block_product(
+            *_along_rows(first, a, axis_a), *_along_rows(second, b, axis_b), first.format
+        )
+    else:
+        values_a, values_b = a.values, b.values
+        if products.native and first and second and first.scale_waits and second.scale_waits:
+            values_a = values_a.astype(first.format.element.dtype)
+            values_b = values_b.astype(second.format.element.dtype)
+        sum_dtype = jnp.int32 if values_a.dtype == jnp.int8 else jnp.float32
+        dims = (((axis_a,), (axis_b,)), ((), ()))
+        y = jax.lax.dot_general(values_a, values_b, dims, preferred_element_type=sum_dtype)
+        y = y.astype(jnp.float32)
+    y = y if a.scale is None else y * a.scale[:, None]
+    return y if b.scale is None else y * b.scale
 
 
-def _native_kinds(products, axis_a, axis_b):
-    """The number types of a native product of these operands, or None."""
-    names = {(1, 0): ("y_x", "y_w"), (1, 1): ("dx_e", "dx_w"), (0, 0): ("dw_x", "dw_e")}
-    pair = [getattr(products, name) for name in names[axis_a, axis_b]]
-    if not products.native or not all(operand and operand.scale_waits for operand in pair):
-        return None
-    return [operand.format.element.dtype for operand in pair]
+def _along_rows(operand, rounded, axis):
+    """(values, block scales) with the contraction last; each row of a tile has its scale."""
+    values, blocks = rounded.values, rounded.blocks
+    if operand.spread == "tile":
+        blocks = jnp.repeat(blocks, operand.format.block_size, axis=1 - axis)
+    return (values, blocks) if axis == 1 else (values.T, blocks.T)
 
 
 def _same(first, second) -> bool:
     """Whether two roundings of one array give the same, whatever is contracted."""
     return first is not None and first == second and first.spread != "block" and not first.is_random
+
+
+def _kept(rounded: _Rounded, operand: Operand) -> _Rounded:
+    """As small numbers, which are exact; on CPUs as they are, since casts take long there."""
+    if not operand.scale_waits or platform.current() == "cpu":
+        return rounded
+    return rounded._replace(values=rounded.values.astype(operand.format.element.dtype))
 
 
 def draws(products: Products, seed) -> tuple[dict, dict]:

@@ -209,13 +209,15 @@ def build(kind: str, *, native: bool = False, **given) -> Recipe | None:
     recipe = KINDS[kind](**given)
     if not native or recipe is None:
         return recipe
-    products = recipe.products
-    if not any(operand.scale_waits for operand in products.operands().values()):
+    products = dataclasses.replace(recipe.products, native=True)
+    waits = any(operand.scale_waits for operand in products.operands().values())
+    if not (waits or products.native_blocks):
         raise ValueError(
             f"quantization.native=True: the recipe {kind!r} has no product that runs in a small number "
-            "format as it is; use fp8_current, fp8_delayed or int8, or native=False, which rounds alike."
+            "format as it is; use fp8_current, fp8_delayed, int8, mxfp8 or nvfp4, or native=False, "
+            "which rounds alike."
         )
-    return dataclasses.replace(recipe, products=dataclasses.replace(products, native=True))
+    return dataclasses.replace(recipe, products=products)
 
 
 def _hybrid_fp8() -> Products:

@@ -15,8 +15,10 @@ embedding, the head and the norms are no linear layers of blocks and are never r
 import difflib
 from collections.abc import Sequence
 
+import jax
+
 from effarch import names
-from effarch.quantization import recipes
+from effarch.quantization import native, recipes
 from effarch.quantization.recipes import Recipe
 
 KEEP = (
@@ -71,6 +73,18 @@ def check_sizes(path: str, recipe: Recipe, sizes: tuple[int, int]) -> None:
                 f"quantization: blocks of {block} do not divide the {size} {word} of {path}; change "
                 f"that size or the recipe's block, or leave the layer out with the rule '{path} none'."
             )
+
+
+def check_device(section, device: jax.Device) -> None:
+    """Raises ValueError for native products that the device has no instructions for."""
+    if is_off(section) or not section.native:
+        return
+    found = {section.recipe: _build(section, section.recipe, {})}
+    for index, text in enumerate(section.rules):
+        found[text.split()[1]] = _parse(section, text, index)[1]
+    for kind, recipe in found.items():
+        if recipe is not None and recipe.products.native_blocks:
+            native.check(kind, device)
 
 
 def _parse(section, text: str, index: int):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import scipy.optimize
+import scipy.special
 
 from effarch.scaling import laws, tables
 
@@ -53,13 +54,19 @@ def joint_moe_as_chinchilla(params: Mapping[str, float], experts: float) -> dict
 
 
 def efficiency(
-    law: laws.Law, params: Mapping[str, float], table: tables.Table, factor: str
+    law: laws.Law,
+    params: Mapping[str, float],
+    table: tables.Table,
+    factor: str,
+    *,
+    delta: float | None = None,
 ) -> tuple[float, float]:
     """(eff, root mean square of the log residuals): how much of a column a number format leaves.
 
     The law's coefficients are those of unquantised runs; the one number that is fitted multiplies the
     column `factor` (params for a forward format's eff_N, tokens for a backward format's eff_D) such
-    that the squared log residuals of the table are least. Castro et al., arXiv 2505.14669.
+    that the table's log residuals are least, by Huber's loss of `delta` or squared (None). Castro et
+    al., arXiv 2505.14669.
     """
     log_loss = np.log(table[law.output])
 
@@ -67,8 +74,11 @@ def efficiency(
         scaled = {**table, factor: table[factor] * np.exp(log_eff)}
         return np.log(law.predict(params, scaled)) - log_loss
 
+    def total(log_eff: float) -> float:
+        return np.sum(scipy.special.huber(np.inf if delta is None else delta, residuals(log_eff)))
+
     found = scipy.optimize.minimize_scalar(
-        lambda log_eff: np.sum(residuals(log_eff) ** 2),
+        total,
         bounds=(np.log(1e-3), np.log(10)),
         method="bounded",
         options={"xatol": 1e-8},

@@ -12,7 +12,7 @@ from effarch.data import batches, dataset
 from effarch.models import accounting, build
 from effarch.sweeping import display, status
 from effarch.sweeping.plan import Run
-from effarch.training import formatting, report_page
+from effarch.training import evaluation, formatting, report_page
 
 CSV, PAGE = "results.csv", "report.html"
 _COLUMNS = ("optimizer.learning_rate", "data.batch_size", "train.num_steps")
@@ -53,13 +53,35 @@ def dry_run(runs: Sequence[Run]) -> str:
     header = ("run", "status", "params", "tokens", "6ND", "FLOPs", "lr", "batch", "steps")
     rows = [_planned(run) for run in runs]
     total = sum(flops for _, flops in rows)
-    lines = [[*header, "changes"], *(cells for cells, _ in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    shown = [
+    shown = _aligned([[*header, "changes"], *(cells for cells, _ in rows)])
+    return f"{shown}\n{len(runs)} runs, {formatting.scientific(total)} FLOPs in all"
+
+
+def table(runs: Sequence[Run]) -> str:
+    """What the runs reached, a line each: state, time and every figure of their last validation."""
+    summaries = {run.name: status.summary(run) if status.finished(run) else {} for run in runs}
+    figures = [
+        f"val/{name}"
+        for name in ("loss", *evaluation.METRICS)
+        if any(f"val/{name}" in summary for summary in summaries.values())
+    ]
+    names = [name.removeprefix("val/").replace("_", " ") for name in figures]
+    lines = [["run", "status", "time", *names]]
+    for run in runs:
+        summary = summaries[run.name]
+        seconds = formatting.duration(summary["seconds"]) if summary else ""
+        values = [display.figure(summary[name]) if name in summary else "" for name in figures]
+        lines.append([run.name, status.of(run), seconds, *values])
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells below each other; the last column keeps its width."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
+    return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[-1]]).rstrip()
         for line in lines
-    ]
-    return "\n".join([*shown, f"{len(runs)} runs, {formatting.scientific(total)} FLOPs in all"])
+    )
 
 
 def _planned(run: Run) -> tuple[list[str], float]:

@@ -7,7 +7,16 @@ import numpy as np
 
 from effarch.models import decoding
 from effarch.parallel import multihost
-from effarch.training import formatting, loop, progress, report_page, restore, run_folder, setup
+from effarch.training import (
+    formatting,
+    loop,
+    progress,
+    report_page,
+    report_runs,
+    restore,
+    run_folder,
+    setup,
+)
 
 
 def write(plan: setup.Setup, folder: pathlib.Path, outcome: loop.Outcome, *, console=None) -> None:
@@ -17,6 +26,8 @@ def write(plan: setup.Setup, folder: pathlib.Path, outcome: loop.Outcome, *, con
         return
     summary = summarize(plan, outcome)
     run_folder.write_json(folder / run_folder.SUMMARY, summary)
+    if load := expert_load(plan, outcome.state.model_state):
+        run_folder.write_json(folder / report_runs.LOAD, load)
     page = report_page.write_report([folder], folder / "report.html")
     rows = [
         ("validation loss", summary.get("val/loss", "-")),
@@ -85,6 +96,7 @@ def summarize(plan: setup.Setup, outcome: loop.Outcome) -> dict:
         "flops_6nd": counts.flops_6n * tokens,
         **counts.flops_forward,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "optimizer_state_bytes": sum(x.nbytes for x in jax.tree.leaves(outcome.state.opt_state)),
         "skipped_steps": int(outcome.state.opt_state.skipped),
         "seconds": outcome.seconds,
         "resumes": outcome.resumes,
@@ -93,6 +105,19 @@ def summarize(plan: setup.Setup, outcome: loop.Outcome) -> dict:
         **{f"val/{name}": value for name, value in outcome.final.items()},
         **{name.removeprefix("time/"): value for name, value in outcome.rates.items()},
     }
+
+
+def expert_load(plan: setup.Setup, model_state) -> dict[int, list[float]]:
+    """Each expert's share of the choices over the routers' window, by layer."""
+    found = {}
+    infos = jax.tree.leaves(plan.plan.model_state)
+    for info, leaf in zip(infos, jax.tree.leaves(model_state), strict=True):
+        if not info.path.endswith("/router/load"):
+            continue
+        loads = np.asarray(leaf).reshape(len(info.public_paths), -1)
+        for public, load_E in zip(info.public_paths, loads):
+            found[int(public.split("/")[1])] = [float(f"{share:.4g}") for share in load_E]
+    return dict(sorted(found.items()))
 
 
 def _yardsticks(plan: setup.Setup) -> dict[str, float]:

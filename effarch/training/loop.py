@@ -143,6 +143,8 @@ class Loop:
                     self._read(*waiting)
                     waiting = None
                     self._evaluate(state, step + 1)
+                if mode and self._due(self.config.quantization.metrics_every, step + 1):
+                    self._look_at_rounding(state, batch, step + 1)
                 stop = self._stop.agreed
                 if (
                     self._due(self.config.checkpoint.every_steps, step + 1)
@@ -246,6 +248,19 @@ class Loop:
         metrics = [f"{name.replace('_', ' ')} {result[name]:.4f}" for name in self.metrics]
         self.shown.note(f"step {step:,}: validation {', '.join(metrics)}")
         return result
+
+    @functools.cached_property
+    def measure(self):
+        """See `rounding_metrics`; made when it is first due."""
+        return self.plan.rounding_metrics()
+
+    def _look_at_rounding(self, state: TrainState, batch: dict, step: int) -> None:
+        """Each rounded layer on the batch of this step, at the parameters after it."""
+        with self.shown.pause("evaluation"):
+            key = jax.random.fold_in(self.key, step)
+            found = self.measure(state.params, state.model_state, batch, key)
+            if found:
+                self.writer.write(step, jax.device_get(found), kind="rounding")
 
     def _save(self, state: TrainState, step: int) -> None:
         self.watch.beat("saving", step)

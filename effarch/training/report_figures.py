@@ -5,7 +5,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class Panel:
     curves: list[Curve]
     scale: str = "linear"
     levels: Sequence[tuple[str, float]] = ()
+    across: str = "step"
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
@@ -66,6 +67,32 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         ),
     ]
     return [panel for panel in found if panel.curves]
+
+
+def of_analyses(analyses: Mapping[str, dict]) -> list[Panel]:
+    """The figures in the results of `effarch.analysis`: {figures: [{title, unit, across, scale, curves:
+    [{label, x, y}]}]}. One that is not so is left out."""
+    found = []
+    for result in analyses.values():
+        for spec in result.get("figures", ()):
+            try:
+                curves = [
+                    Curve(str(one["label"]), colour(index), *_finite(one["x"], one["y"]))
+                    for index, one in enumerate(spec["curves"])
+                ]
+                words = [str(spec[name]) for name in ("title", "unit", "scale", "across")]
+            except (KeyError, TypeError, ValueError):
+                continue
+            curves = [curve for curve in curves if len(curve.steps)]
+            if curves:
+                found.append(Panel(*words[:2], curves, words[2], across=words[3]))
+    return found
+
+
+def _finite(x, y) -> tuple[np.ndarray, np.ndarray]:
+    x, y = (np.asarray(values, dtype=np.float64) for values in (x, y))
+    kept = np.isfinite(x) & np.isfinite(y)
+    return x[kept], y[kept]
 
 
 def figure(panel: Panel, name: str) -> str:
@@ -149,6 +176,19 @@ def _bits_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _svg(panel: Panel, name: str) -> str:
+    def draw(drawing) -> None:
+        axes = drawing.add_axes(_FRAME)
+        for curve in panel.curves:
+            _draw(axes, curve, _MAX_POINTS // len(panel.curves))
+        for _, height in panel.levels:
+            axes.axhline(height, color=_INK, alpha=0.6, linewidth=1, linestyle=":")
+        _dress(axes, panel)
+
+    return inline(draw, panel.title, name)
+
+
+def inline(draw: Callable, title: str, name: str, size: tuple[float, float] = _SIZE_INCHES) -> str:
+    """What `draw` puts on a matplotlib figure of `size` inches, as SVG for the page."""
     import matplotlib  # Slow to import, and most callers of this package draw nothing.
     from matplotlib.figure import Figure
 
@@ -163,17 +203,12 @@ def _svg(panel: Panel, name: str) -> str:
         "path.simplify_threshold": 0.2,
     }
     with matplotlib.rc_context(style):
-        drawing = Figure(figsize=_SIZE_INCHES)
-        axes = drawing.add_axes(_FRAME)
-        for curve in panel.curves:
-            _draw(axes, curve, _MAX_POINTS // len(panel.curves))
-        for _, height in panel.levels:
-            axes.axhline(height, color=_INK, alpha=0.6, linewidth=1, linestyle=":")
-        _dress(axes, panel)
+        drawing = Figure(figsize=size)
+        draw(drawing)
         buffer = io.StringIO()
         drop = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         drawing.savefig(buffer, format="svg", transparent=True, metadata=drop)
-    return _for_page(buffer.getvalue(), panel.title, name)
+    return _for_page(buffer.getvalue(), title, name)
 
 
 def _draw(axes, curve: Curve, points: int) -> None:
@@ -210,7 +245,7 @@ def _dress(axes, panel: Panel) -> None:
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
     axes.yaxis.set_major_formatter(number)
     axes.xaxis.set_major_formatter(number)
-    axes.set_xlabel("step")
+    axes.set_xlabel(panel.across)
     axes.set_ylabel(panel.unit)
     axes.margins(x=0.02)
     if panel.scale == "zero":

@@ -9,7 +9,13 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import effarch
-from effarch.training import formatting, report_figures, report_runs
+from effarch.training import (
+    formatting,
+    report_figures,
+    report_load,
+    report_rounding,
+    report_runs,
+)
 from effarch.training.report_runs import Run
 from effarch.training.report_style import CSS
 
@@ -59,6 +65,8 @@ def write_report(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -
             _head(runs),
             _section("Result", _verdict(runs)),
             _section("Curves", _curves(runs)),
+            _section("Experts", _experts(runs)),
+            _section("Inside the model", _inside(runs)),
             _section("Text samples", _samples(runs)),
             _section("Configuration", _configuration(runs)),
         )
@@ -266,9 +274,33 @@ def _table(runs: Sequence[Run], rows: Sequence[Row], style: str = "") -> str:
 def _curves(runs: Sequence[Run]) -> str:
     figures = [
         report_figures.figure(panel, f"figure{number}")
-        for number, panel in enumerate(report_figures.panels(runs))
+        for number, panel in enumerate(
+            [*report_figures.panels(runs), *report_rounding.panels(runs)]
+        )
     ]
     return f'<div class="grid">{"".join(figures)}</div>' if figures else "<p>No records yet.</p>"
+
+
+def _experts(runs: Sequence[Run]) -> str:
+    figures = [
+        report_load.figure(run, f"load{number}", run.name if len(runs) > 1 else "")
+        for number, run in enumerate(runs)
+        if run.expert_load
+    ]
+    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
+
+
+def _inside(runs: Sequence[Run]) -> str:
+    """The figures that `effarch.analysis` left in the folder."""
+    parts = []
+    for index, run in enumerate(runs):
+        found = [
+            report_figures.figure(panel, f"inside{index}-{number}")
+            for number, panel in enumerate(report_figures.of_analyses(run.analyses))
+        ]
+        parts += [f"<h3>{_text(run.name)}</h3>"] if len(runs) > 1 and found else []
+        parts += [f'<div class="grid">{"".join(found)}</div>'] if found else []
+    return "".join(parts)
 
 
 def _samples(runs: Sequence[Run]) -> str:

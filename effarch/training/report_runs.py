@@ -15,6 +15,7 @@ import numpy as np
 
 from effarch.training import writers
 
+LOAD = "expert_load.json"
 MAX_SAMPLES = 12
 MAX_SAMPLE_CHARACTERS = 6000
 _SHARES = ("accuracy", "exact_match")
@@ -28,13 +29,19 @@ class Run:
     name: str
     train: list[dict]
     evals: list[dict]
+    rounding: list[dict]
+    """What rounding did to each layer: `rounding_metrics`."""
     summary: dict
     config: dict
     fingerprint: str
+    expert_load: dict[int, list[float]]
+    """The share of the choices that each expert of a layer had lately, by layer."""
     samples: list[tuple[str, str]]
     """(file name, text), in the order of the names, numbers as numbers."""
     notes: list[str]
     """Sentences about files that could not be read or were cut."""
+    analyses: dict[str, dict] = dataclasses.field(default_factory=dict)
+    """What `effarch.analysis` found, by name."""
 
     @property
     def last_step(self) -> int:
@@ -163,11 +170,17 @@ def _read_run(path: pathlib.Path, name: str) -> Run:
         name=name,
         train=[record for record in records if record["kind"] == "train"],
         evals=[record for record in records if record["kind"] == "eval"],
+        rounding=[record for record in records if record["kind"] == "rounding"],
         summary=_read_json(path / "summary.json", notes),
         config=inner if isinstance(inner, dict) else config,
         fingerprint=str(config.get("fingerprint", "")),
+        expert_load=_read_load(path / LOAD, notes),
         samples=_read_samples(path / "samples", notes),
         notes=notes,
+        analyses={
+            file.stem: _read_json(file, notes)
+            for file in sorted((path / "analysis").glob("*.json"))
+        },
     )
 
 
@@ -182,6 +195,15 @@ def _read_json(path: pathlib.Path, notes: list[str]) -> dict:
         return content
     notes.append(f"{path.name} does not hold a JSON object and was left out.")
     return {}
+
+
+def _read_load(path: pathlib.Path, notes: list[str]) -> dict[int, list[float]]:
+    content = _read_json(path, notes)
+    try:
+        return {int(layer): [float(share) for share in content[layer]] for layer in content}
+    except (TypeError, ValueError):
+        notes.append(f"{path.name} does not hold the load of experts and was left out.")
+        return {}
 
 
 def _read_samples(folder: pathlib.Path, notes: list[str]) -> list[tuple[str, str]]:

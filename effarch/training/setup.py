@@ -15,11 +15,22 @@ from effarch import config as config_lib
 from effarch import config_check
 from effarch.data import batches
 from effarch.models import accounting, build, layer_adapters
+from effarch.models.layers import quantizer
 from effarch.parallel import feeding, multihost, partitioner, sharding
 from effarch.parallel import mesh as mesh_lib
-from effarch.training import checkpoints, formatting, guard, optimizers, run_folder, schedules
+from effarch.quantization import rules
+from effarch.training import (
+    checkpoints,
+    formatting,
+    guard,
+    optimizers,
+    rounding_metrics,
+    run_folder,
+    schedules,
+)
 from effarch.training import state as state_lib
 from effarch.training import step as step_lib
+from effarch.training.optimizers import annealing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +177,11 @@ class Setup:
         groups = optimizers.groups.assign(self.plan.params, _rules(self.config))
         return jax.tree.map(lambda group: group.is_frozen, groups)
 
+    def rounding_metrics(self):
+        """The compiled-on-use look at what rounding does to each layer."""
+        step = rounding_metrics.measure(self.config, vocab_size=self.vocab_size, layout=self.layout)
+        return jax.jit(step, out_shardings=self.layout.sharding(()))
+
     def eval_step(self, *, quantized: bool = True):
         """The compiled-on-use evaluation step."""
         step = step_lib.eval_step(self.plan, layout=self.layout, quantized=quantized)
@@ -193,10 +209,12 @@ def on_mesh(config, mesh: jax.sharding.Mesh, *, vocab_size: int, dataset=None) -
     layout = sharding.Layout(mesh, sharding.rules(config.mesh.rules))
     rows = (config.data.batch_size // config.train.accumulate, config.data.seq_len)
     layout.check("a micro-batch of data.batch_size x data.seq_len", rows, ("batch", "stream"))
+    rules.check_device(config.quantization, mesh.devices.flat[0])
     sizes = dict(vocab_size=vocab_size, quantization=config.quantization)
     plan = state_lib.blueprint(config.model, **sizes)
-    counts = accounting.count(build.abstract(config.model, **sizes), config.data.seq_len)
-    schedule, tx = _optimizer(config, plan)
+    model = build.abstract(config.model, **sizes)
+    counts = accounting.count(model, config.data.seq_len)
+    schedule, tx = _optimizer(config, plan, quantizer.statistical(model))
     make = functools.partial(state_lib.initial, config.model, tx=tx, **sizes)
     abstract = jax.eval_shape(lambda key: make(seed=key), jax.random.key(0))
     return Setup(
@@ -240,8 +258,9 @@ def _rules(config) -> tuple[str, ...]:
     return (*(layer_adapters.TRAINED if config.model.lora.rank else ()), *config.optimizer.rules)
 
 
-def _optimizer(config, plan: state_lib.Blueprint):
-    o = config.optimizer
+def _optimizer(config, plan: state_lib.Blueprint, statistical: dict[str, tuple[int, int]]):
+    """(schedule, optimizer); `statistical` are the matrices that StatsQ rounds."""
+    o, q = config.optimizer, config.quantization
     options = {name: o.schedule[name] for name in schedules.options(o.schedule.kind)}
     schedule = schedules.build(o.schedule.kind, o.learning_rate, config.train.num_steps, **options)
     inner = optimizers.build(
@@ -252,4 +271,12 @@ def _optimizer(config, plan: state_lib.Blueprint):
         rules=_rules(config),
         **dict(o[o.kind]),
     )
+    if q.anneal_steps:
+        if not statistical:
+            raise ValueError(
+                f"quantization.anneal_steps={q.anneal_steps} needs layers that StatsQ rounds; use the "
+                "recipe ofq, or 0."
+            )
+        start = config.train.num_steps - q.anneal_steps
+        inner = annealing.confine(inner, statistical, start=start, reach=q.anneal_reach)
     return schedule, guard.guard(inner, spike_factor=config.train.spike_factor)

@@ -19,7 +19,7 @@ import tensorboardX
 from absl import logging
 
 FILE_NAME = "metrics.jsonl"
-KINDS = ("train", "eval")
+KINDS = ("train", "eval", "rounding")
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -55,7 +55,7 @@ class MetricsWriter:
             )
 
     def write(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
-        """Appends one record of numbers or zero-dimensional arrays; kind is train or eval."""
+        """Appends one record of numbers or zero-dimensional arrays; kind is one of KINDS."""
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} of a record must be one of {', '.join(KINDS)}.")
         values = {name: _number(name, value) for name, value in values.items()}

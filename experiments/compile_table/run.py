@@ -24,6 +24,11 @@ LARGE = (  # the shape of Llama 3 70B, arXiv 2407.21783, table 3
     "--config.model.blocks.attention.num_kv_heads=8 --config.model.blocks.glu.hidden=28672 "
     "--config.model.vocab_size=128256 --config.data.batch_size=4096"
 )
+HYBRIDS = tuple(
+    (f"hybrids:model={model},size={size}", target)
+    for size, target in (("340m", "v6e:4x4"), ("1.3b", "v5p:4x4x4"))
+    for model in hybrids.MODELS
+)
 ROWS = (  # config with overrides, target
     ("quickstart", "v5e"),
     ("quickstart", "h100"),
@@ -42,6 +47,7 @@ ROWS = (  # config with overrides, target
     ("gated_deltanet:size=1.3b", "v5p:4x4x4"),
     ("gated_deltanet:size=1.3b", "v6e:8x8"),
     ("gated_deltanet:size=1.3b", "tpu7x:2x2x4"),
+    *HYBRIDS,
     (LARGE, "v5p:16x16x16"),
 )
 

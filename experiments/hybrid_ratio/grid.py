@@ -50,5 +50,6 @@ def _sizes(blocks) -> None:
     for kind in ("delta_net", "gated_delta_net", "hgrn2"):
         blocks[kind].update(num_heads=HEADS, head_dim=HEAD_DIM)
     blocks.gated_delta_net.expand_v = 1.0
+    blocks.hgrn.bound_by_depth = blocks.hgrn2.bound_by_depth = True
     for kind in ("gla", "retnet"):
         blocks[kind].update(num_heads=HEADS, expand_k=1.0, expand_v=1.0)

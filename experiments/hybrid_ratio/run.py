@@ -95,7 +95,11 @@ def _write(tables: dict, found: list[dict]) -> None:
 
 
 def _text(values: list[float] | None) -> str:
-    return "" if not values else f"{np.mean(values):.3f}"
+    """The mean, and the range over seeds."""
+    if not values:
+        return ""
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 def _mean(table: dict, share: int) -> float | None:

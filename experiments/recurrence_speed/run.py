@@ -4,7 +4,8 @@
 
 Value and gradient of every recurrence on this machine, all in one process, in turns: `reference` (token
 by token) and `xla` (chunked) in one row of 2,048 tokens, and `xla` on 16,384 tokens cut into rows of
-1,024 to 16,384. About six minutes on one core, half of it compilation. Writes results/times.json and the tables of README.md.
+1,024 to 16,384. About six minutes on one core, half of it compilation. Writes results/times.json and the
+tables of README.md.
 """
 
 import pathlib

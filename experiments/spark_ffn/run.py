@@ -31,7 +31,10 @@ def main() -> None:
     flags.set_defaults(steps=350)
     options = flags.parse_args()
     runs = {
-        options.runs / f"{_slug(switches)}-seed{seed}": (name, _flags(switches, seed))
+        options.runs / f"{_slug(switches)}-seed{seed}": (
+            name,
+            _flags(switches, seed, options.steps),
+        )
         for name, switches in VARIANTS.items()
         for seed in range(options.seeds)
     }
@@ -49,8 +52,9 @@ def _slug(switches: str) -> str:
     return switches.replace("=", "-").replace(",", "-")
 
 
-def _flags(switches: str, seed: int) -> list[str]:
-    return [f"--config=sparse:{switches}", f"--config.seed={seed}"]
+def _flags(switches: str, seed: int, steps: int) -> list[str]:
+    flags = [f"--config=sparse:{switches}", f"--config.seed={seed}"]
+    return [*flags, f"--config.optimizer.schedule.warmup_steps={min(50, steps // 4)}"]
 
 
 def _figures(folder: pathlib.Path, summary: dict) -> dict:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from effarch.kernels import dispatch, recurrent_arguments
 from effarch.kernels.delta_rule import step
 
-BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_tpu_precise")
+BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_tpu_precise", "pallas_gpu")
 
 
 def gated_delta_rule(

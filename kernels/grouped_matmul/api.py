@@ -11,7 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from effarch.kernels import dispatch, platform
 
-BACKENDS = ("xla", "reference")
+BACKENDS = ("pallas_tpu", "pallas_gpu", "xla", "reference")
+BLOCK = 128
+"""Rows of a block of the kernels for TPUs and GPUs."""
 
 
 def grouped_matmul(
@@ -48,10 +50,11 @@ def grouped_matmul(
 def alignment(num_rows: int, num_groups: int) -> int:
     """The multiple of rows that groups should be padded to with zeros for speed; 1 means as they are.
 
-    On CPUs a block of rows of one group is one product: as many rows as lose little in padding.
+    A block of rows of one group is one product: on CPUs as many rows as lose little in padding, on
+    accelerators those of a tile, if groups have as many on average.
     """
     if platform.current() != "cpu":
-        return 1
+        return BLOCK if num_rows >= BLOCK * num_groups else 1
     block = 8
     while block < 128 and 4 * block * num_groups <= num_rows:
         block *= 2

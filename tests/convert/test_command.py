@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -33,7 +34,7 @@ def test_there_and_back(tmp_path):
     theirs = safetensors.numpy.load_file(source / "model.safetensors")
     written = safetensors.numpy.load_file(out / "model.safetensors")
     for name, array in theirs.items():
-        assert written[name].dtype.name == "bfloat16"
+        assert written[name].dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(written[name], array.astype(written[name].dtype))
 
 

@@ -53,7 +53,6 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_an_imported_model_is_a_run(published, base, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     runs.import_run(published, run, base)

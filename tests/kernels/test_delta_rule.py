@@ -77,15 +77,17 @@ def forward_backward(*inputs, backend="xla"):
     return _forward_backward(*inputs, backend=backend)
 
 
-@functools.partial(compiled, static_argnames=("backend",))
-def _forward_backward(q, k, v, beta, g, state, segments=None, *, backend):
+def _with_gradients(q, k, v, beta, g, state, segments=None, **options):
     inputs = dict(q=q, k=k, v=v, beta=beta, g=g, state=state)
 
     def run(inputs):
-        return rule(**inputs, segments=segments, backend=backend)
+        return rule(**inputs, segments=segments, **options)
 
     outputs, pull = jax.vjp(run, inputs)
     return outputs, pull(cotangents(outputs))[0]
+
+
+_forward_backward = compiled(_with_gradients, static_argnames=("backend",))
 
 
 def in_float64(inputs):
@@ -125,11 +127,23 @@ def test_rows_of_one_document_equal_the_recurrence(gate):
     assert_trees_close(forward_backward(*inputs), in_float64(inputs), 3e-6)
 
 
-@pytest.mark.parametrize("gate", ["head", "channel"])
-def test_every_chunk_size_gives_the_same(float64, gate):
+SLOW = [pytest.mark.slow, pytest.mark.ci]
+
+
+@pytest.mark.parametrize(
+    ("gate", "sizes"),  # 1 is in effect 16, 50 is 64; the other tests have chunks of 32
+    [
+        ("head", (1, 128)),
+        ("channel", (50,)),
+        pytest.param("none", (16, 64, 128), marks=SLOW),
+        pytest.param("head", (64,), marks=SLOW),
+        pytest.param("channel", (16, 128), marks=SLOW),
+    ],
+)
+def test_every_chunk_size_gives_the_same(float64, gate, sizes):
     inputs = make_inputs(gate)
     expected, _ = in_float64(inputs)
-    for chunk_size in [50] if gate == "channel" else [1, 128]:  # in effect 64; 16 and 128
+    for chunk_size in sizes:
         assert_trees_close(forward(*inputs, chunk_size=chunk_size), expected, 1e-12)
 
 
@@ -139,7 +153,7 @@ def test_long_rows_go_from_stretch_to_stretch(float64, monkeypatch):
     inputs = make_inputs("head")
     expected = _forward_backward(*inputs, SEGMENTS, backend="xla")
     monkeypatch.setattr(rows, "LONGEST_STRETCH", 1)  # three stretches of a chunk
-    fresh = compiled(lambda *inputs: _forward_backward.__wrapped__(*inputs, backend="xla"))
+    fresh = compiled(lambda *inputs: _with_gradients(*inputs, backend="xla"))
     assert_trees_close(fresh(*inputs, SEGMENTS), expected, 1e-12)
 
 
@@ -255,6 +269,27 @@ def test_repeated_keys_are_accurate(gate, beta):
     assert_trees_close(forward_backward(*inputs), in_float64(inputs), 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("gate", ["none", "channel"])
+def test_repeated_keys_through_four_whole_chunks(gate):
+    """Chunks of 64, whose inverse takes two merges."""
+    q, k, v, old_beta, g, state = make_inputs(gate, np.float32, length=256)
+    k = np.broadcast_to(k[:, :1], k.shape)
+    g = None if g is None else np.zeros_like(g)
+    run = compiled(lambda *inputs: _with_gradients(*inputs, backend="xla", chunk_size=64))
+    judge = compiled(lambda *inputs: _with_gradients(*inputs, backend="reference"))
+    # With beta = 2 every token turns the state over: 256 roundings of 6e-8 add up, none fades.
+    for beta, bound in ((1.0, 1e-5), (2.0, 3e-5)):
+        inputs = (q, k, v, np.full_like(old_beta, beta), g, state)
+        with jax.enable_x64(True):
+            wide = [None if x is None else np.float64(x) for x in inputs]
+            expected = jax.tree.map(np.asarray, judge(*wide))
+        outputs, gradients = run(*inputs)
+        assert_trees_close(outputs, expected[0], bound)
+        assert_trees_close(gradients, expected[1], 1e-4)
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_tokens_that_write_nothing(gate):
     """beta = 0 or k = 0, no decay: the state stays as it is, bit for bit."""
@@ -313,7 +348,6 @@ def test_outputs_do_not_see_the_future(float64, gate):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_vmap_scan_and_checkpoint(gate):
     *inputs, _ = make_inputs(gate, np.float32, length=17)

@@ -18,7 +18,7 @@ from effarch.kernels.delta_rule import pallas_tpu
 DATA = Path(__file__).parents[1] / "data"
 B, T, H, HV, K, V, CHUNK = 2, 77, 1, 2, 24, 40, 32
 NAMES = ("q", "k", "v", "beta", "g", "initial_state")
-CHANNELS = pytest.param("channel", marks=[pytest.mark.slow, pytest.mark.ci])
+CHANNELS = pytest.param("channel", marks=pytest.mark.slow)
 
 # Padding in front, between and behind (also a chunk of nothing else), documents of one token (also
 # with an id that came before), a boundary on the edge of chunks (32), a document over two chunks.
@@ -134,7 +134,6 @@ def test_bfloat16_is_as_good_as_its_factors(kind, bound, gate):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_precise_factors_keep_what_alike_keys_lose(gate):
     *inputs, beta, g, state = make_inputs("similar keys, beta 1.9", gate)

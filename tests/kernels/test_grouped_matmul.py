@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from effarch.kernels import grouped_matmul
-from effarch.kernels.grouped_matmul.api import BACKENDS, alignment
+from effarch.kernels.grouped_matmul.api import alignment
 
 M, D, F, E = 48, 6, 5, 4
 SIZES = {
@@ -48,7 +48,7 @@ def run(x, w, g, sizes, *, backend="xla", aligned=1):
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "reference"])
 def test_values_and_gradients_equal_a_loop_over_groups(backend, sizes):
     inputs = make_inputs()
     actual = run(*inputs, np.array(sizes, np.int32), backend=backend)

@@ -170,11 +170,24 @@ def test_values_equal_loops_and_gradients_equal_the_recurrence(float64, gate):
     assert_trees_close(forward_backward(*inputs, SEGMENTS), (expected, gradients), 1e-12)
 
 
-@pytest.mark.parametrize("gate", ["head", "channel"])
-def test_without_documents_at_every_chunk_size(float64, gate):
+SLOW = [pytest.mark.slow, pytest.mark.ci]
+
+
+@pytest.mark.parametrize(
+    ("gate", "sizes"),  # 1 is in effect 16, 50 is 64; the other tests have chunks of 32
+    [
+        ("head", (1, 128)),
+        ("channel", (50,)),
+        pytest.param("none", (16, 64, 128), marks=SLOW),
+        pytest.param("constant", (16, 64, 128), marks=SLOW),
+        pytest.param("head", (64,), marks=SLOW),
+        pytest.param("channel", (16, 128), marks=SLOW),
+    ],
+)
+def test_without_documents_at_every_chunk_size(float64, gate, sizes):
     inputs = make_inputs(gate)
     expected = by_loops(*inputs, ONE_DOCUMENT)
-    for chunk_size in [50] if gate == "channel" else [1, 128]:  # in effect 64; 16 and 128
+    for chunk_size in sizes:
         assert_trees_close(forward(*inputs, chunk_size=chunk_size), expected, 1e-12)
 
 

@@ -16,7 +16,7 @@ from effarch.kernels.linear_attention import pallas_tpu
 
 B, T, H, HV, K, V, CHUNK = 2, 77, 1, 2, 24, 40, 32
 NAMES = ("q", "k", "v", "g", "initial_state")
-CHANNELS = pytest.param("channel", marks=[pytest.mark.slow, pytest.mark.ci])
+CHANNELS = pytest.param("channel", marks=pytest.mark.slow)
 SEGMENTS = np.array([[0] * 2 + [7] * 9 + [4] * 21 + [2] * 20 + [1] + [9] * 4 + [0] * 20, [5] * 77])
 
 
@@ -83,6 +83,18 @@ def test_float32_equals_the_recurrence(kind, gate):
 
 @pytest.mark.slow
 @pytest.mark.ci
+def test_without_decay_or_documents_or_a_state():
+    inputs = make_inputs("random", "head")[:3]
+    tpu = functools.partial(pallas_tpu.linear_attention, scale=K**-0.5, initial_state=None)
+    tpu = functools.partial(tpu, segment_ids=None, chunk_size=CHUNK, interpret=True)
+    plain = functools.partial(linear_attention, backend="reference")
+    actual, expected = (
+        jax.jit(functools.partial(forward_backward, rule))(*inputs) for rule in (tpu, plain)
+    )
+    assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_bfloat16(gate):
     *inputs, g, state = make_inputs("random", gate)

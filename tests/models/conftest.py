@@ -34,7 +34,10 @@ MORE = {
     "attention": dict(num_heads=4),
     "attention_window": dict(num_heads=2, window=5, rope_fraction=0.5),
     "attention_no_rope": dict(num_heads=2, rope=False, softcap=5.0),
-    "delta_net_plain": dict(num_heads=2, head_dim=8, conv_size=0),
+    "delta_net_plain": dict(
+        num_heads=2, head_dim=8, conv_size=0, qk_activation="elu", qk_norm="sum"
+    ),
+    "delta_net_relu": dict(num_heads=2, head_dim=8, qk_activation="relu"),
     "gated_delta_net_default": dict(num_heads=2, head_dim=8),
     "gated_delta_net_plain": dict(
         num_heads=2, head_dim=8, conv_size=0, use_gate=False, allow_neg_eigval=True
@@ -46,6 +49,7 @@ MORE = {
         num_heads=2, latent_dim=12, nope_dim=8, rope_dim=3, v_dim=8, rope=False
     ),
     "spark_attention_window": dict(num_heads=2, num_keys=5, window=8),
+    "linear_attention_sum": dict(num_heads=2, sum_features=True),
     "linear_attention_taylor": dict(num_heads=4, feature_map="taylor", expand_v=2.0, **LEARNED),
 }
 
@@ -98,8 +102,9 @@ def _make(name: str) -> MixerUnderTest:
 
 
 IN_EVERY_RUN = ("attention_grouped", "gated_delta_net", "gla", "hgrn", "mamba2", "spark_attention")
-"""A mixer of each family; the other kinds are left to `-m slow`."""
-IN_CI = ("delta_net", "kda", "latent_attention")
+"""A mixer of each family."""
+IN_CI = ("delta_net", "hgrn2", "kda", "latent_attention", "linear_attention", "retnet")
+"""A mixer of each other kind; further variants are left to `-m slow`."""
 
 
 def _param(name: str):

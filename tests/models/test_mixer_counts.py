@@ -108,6 +108,23 @@ def test_recurrences_cost_a_multiple_of_their_state(kind, per_state, state):
     assert sum(leaf.size for leaf in cache) == state
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "state"),
+    [
+        ("delta_net", dict(), 262_144),
+        ("gated_delta_net", dict(head_dim=256), 786_432),
+        ("gla", dict(), 524_288),
+        ("hgrn2", dict(), 262_144),
+        ("kda", dict(), 262_144),
+        ("mamba2", dict(), 524_288),
+        ("retnet", dict(), 1_048_576),
+    ],
+)
+def test_states_of_a_layer_of_the_published_1_3b_models(kind, options, state):
+    cache = jax.eval_shape(lambda: abstract(kind, 2048, **options).init_cache(1, 4096)["state"])
+    assert cache.size == state and cache.dtype == "float32"
+
+
 def test_latent_attention_caches_576_numbers_a_token():
     mixer = abstract("latent_attention", 2048)
     cache = jax.eval_shape(lambda: mixer.init_cache(1, 100))

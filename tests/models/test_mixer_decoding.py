@@ -7,7 +7,7 @@ import numpy as np
 from effarch.models import mixers
 from effarch.models.context import Context
 
-WIDTH, LENGTH, PROMPT = 32, 37, 20
+WIDTH, LENGTH, PROMPT = 32, 84, 20
 
 
 def rel_rms(x, y):

@@ -1,7 +1,12 @@
 """Every mixer against its published formulas, written as NumPy loops over tokens, in float64."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
+from effarch.models.context import Context
 
 WIDTH, LENGTH = 32, 37
 
@@ -39,13 +44,14 @@ def low_rank(x, p):
     return linear(linear(x, p["down"]), p["up"])
 
 
+def taps(x, kernel):
+    """y_t = sum of the last inputs times the kernel's rows, zeros before the first."""
+    padded = np.concatenate([np.zeros((len(kernel) - 1, x.shape[1])), x])
+    return np.stack([np.sum(kernel * padded[t : t + len(kernel)], axis=0) for t in range(len(x))])
+
+
 def conv(x, p, name):
-    """y_t = silu(sum of the last taps inputs, zeros before the first)."""
-    kernel = p[name]
-    taps = len(kernel)
-    padded = np.concatenate([np.zeros((taps - 1, x.shape[1])), x])
-    y = np.stack([np.sum(kernel * padded[t : t + taps], axis=0) for t in range(len(x))])
-    return silu(y + p.get(f"{name}_bias", 0.0))
+    return silu(taps(x, p[name]) + p.get(f"{name}_bias", 0.0))
 
 
 def split(x, num_heads):
@@ -56,8 +62,11 @@ def join(x):
     return x.reshape(len(x), -1)
 
 
-def rotate(x):
-    """Channel i and i + half of each head turn by position * 10000 ** (-2 i / K)."""
+def rotate(x, part=1.0):
+    """Channel i and i + half of each head turn by position * 10000 ** (-2 i / K), K `part` of them."""
+    if part < 1:
+        turned, still = np.split(x, [int(part * x.shape[-1])], axis=-1)
+        return np.concatenate([rotate(turned), still], axis=-1)
     half = x.shape[-1] // 2
     angle = np.arange(len(x))[:, None, None] * 10000.0 ** (-np.arange(half) / half)
     a, b = x[..., :half], x[..., half:]
@@ -88,6 +97,33 @@ def start_of(p):
     return p["memory"]["start"]["value"]
 
 
+def softmax_attention(q, k, v, *, window=10**6, softcap=None):
+    """Token i sees token j if 0 <= i - j < window; query head h reads key head h // group."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(y, group, axis=1) for y in (k, v))
+    scores = np.einsum("ihk,jhk->hij", q, k) / q.shape[-1] ** 0.5
+    scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+    distance = np.subtract.outer(np.arange(len(q)), np.arange(len(q)))
+    weights = softmax(np.where((distance >= 0) & (distance < window), scores, -np.inf))
+    return join(np.einsum("hij,jhv->ihv", weights, v))
+
+
+def attention_grouped(p, x):
+    """Two query heads a key head, normed queries and keys, a gate."""
+    q, k, v = (split(linear(x, p[name]), heads) for name, heads in zip("qkv", (4, 2, 2)))
+    q, k = rotate(rms_norm(q, p["q_norm"])), rotate(rms_norm(k, p["k_norm"]))
+    return softmax_attention(q, k, v) * sigmoid(linear(x, p["gate"]))
+
+
+def attention_window(p, x):
+    q, k, v = (split(linear(x, p[name]), 2) for name in "qkv")
+    return softmax_attention(rotate(q, 0.5), rotate(k, 0.5), v, window=5)
+
+
+def attention_no_rope(p, x):
+    return softmax_attention(*(split(linear(x, p[name]), 2) for name in "qkv"), softcap=5.0)
+
+
 def gated_delta_net(p, x):
     q, k, v = (conv(linear(x, p[name]), p["conv"], name) for name in "qkv")
     rate, bias = p["rate"]["rate_log"], p["rate"]["step_bias"]
@@ -97,11 +133,38 @@ def gated_delta_net(p, x):
     return join(rms_norm(o, p["out_norm"])) * silu(linear(x, p["gate"]))
 
 
+def gated_delta_net_plain(p, x):
+    """SiLU without convolutions, b from 0 to 2, no gate."""
+    q, k, v = (split(silu(linear(x, p[name])), 2) for name in "qkv")
+    rate, bias = p["rate"]["rate_log"], p["rate"]["step_bias"]
+    a = np.exp(-np.exp(rate) * softplus(linear(x, p["decay"]) + bias))
+    o = memory(unit(q), unit(k), v, a, 2 * sigmoid(linear(x, p["beta"])))
+    return join(rms_norm(o, p["out_norm"]))
+
+
 def delta_net(p, x):
     q, k, v = (split(conv(linear(x, p[name]), p["conv"], name), 4) for name in "qkv")
     beta = 2 * sigmoid(linear(x, p["beta"]))
     o = memory(unit(q), unit(k), v, np.ones_like(beta), beta, start_of(p))
     return join(rms_norm(o, p["out_norm"])) * silu(linear(x, p["gate"]))
+
+
+def delta_net_plain(p, x):
+    """No convolutions; q and k positive and with a sum of 1."""
+    q, k, v = (split(linear(x, p[name]), 2) for name in "qkv")
+    q, k = (np.where(y > 0, y + 1, np.exp(np.minimum(y, 0))) for y in (q, k))
+    q, k = (y / (y.sum(axis=-1, keepdims=True) + 1e-4) for y in (q, k))
+    beta = sigmoid(linear(x, p["beta"]))
+    return join(rms_norm(memory(q, k, silu(v), np.ones_like(beta), beta), p["out_norm"]))
+
+
+def delta_net_relu(p, x):
+    """SiLU for the values alone."""
+    q, k, v = (linear(x, p[name]) for name in "qkv")
+    q, k = (np.maximum(taps(y, p["conv"][name]), 0) for y, name in ((q, "q"), (k, "k")))
+    q, k, v = (split(y, 2) for y in (q, k, conv(v, p["conv"], "v")))
+    beta = sigmoid(linear(x, p["beta"]))
+    return join(rms_norm(memory(unit(q), unit(k), v, np.ones_like(beta), beta), p["out_norm"]))
 
 
 def kda(p, x):
@@ -133,6 +196,18 @@ def linear_attention(p, x):
     weights = np.tril(np.einsum("ihf,jhf->hij", q, k))
     weights /= weights.sum(axis=-1, keepdims=True)
     o = np.einsum("hij,jhv->ihv", weights, split(linear(x, p["v"]), 2))
+    return join(rms_norm(o, p["out_norm"]))
+
+
+def linear_attention_sum(p, x):
+    """Features elu + 1 with a sum of 1."""
+
+    def features(x):
+        y = np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+        return y / (y.sum(axis=-1, keepdims=True) + 1e-4)
+
+    q, k, v = (split(linear(x, p[name]), 2) for name in "qkv")
+    o = memory(features(q), features(k), v, np.ones((len(x), 2)))
     return join(rms_norm(o, p["out_norm"]))
 
 
@@ -207,12 +282,19 @@ def latent_attention(p, x):
 
 
 FORMULAS = [
-    *(delta_net, gated_delta_net, gla, hgrn, hgrn2, kda, kda_unbounded, latent_attention),
-    *(linear_attention, linear_attention_taylor, mamba2, retnet),
+    *(attention_grouped, delta_net, delta_net_plain, gated_delta_net, gated_delta_net_plain, gla),
+    *(hgrn, hgrn2, kda, kda_unbounded, latent_attention, linear_attention),
+    *(linear_attention_taylor, mamba2, retnet),
 ]
+MORE = [attention_no_rope, attention_window, delta_net_relu, linear_attention_sum]
+SLOW = [pytest.mark.slow, pytest.mark.ci]
 
 
-@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: formula.__name__)
+@pytest.mark.parametrize(
+    "formula",
+    [*FORMULAS, *(pytest.param(formula, marks=SLOW) for formula in MORE)],
+    ids=lambda formula: formula.__name__,
+)
 def test_outputs_follow_the_published_formulas(formula, make_mixer):
     mixer = make_mixer(formula.__name__)
     x = np.random.default_rng(1).standard_normal((2, LENGTH, WIDTH), np.float32)
@@ -221,3 +303,41 @@ def test_outputs_follow_the_published_formulas(formula, make_mixer):
         want = formula(mixer.state, np.float64(x[row])) @ mixer.state["out"]["kernel"]
         error = np.sqrt(np.mean((got[row] - want) ** 2) / np.mean(want**2))
         assert error < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    "formula", [gated_delta_net, kda, kda_unbounded, mamba2], ids=lambda formula: formula.__name__
+)
+def test_gradients_follow_the_published_formulas(formula, make_mixer):
+    """Of every parameter along a random direction: differences of the formula in float64."""
+    mixer = make_mixer(formula.__name__)
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((1, LENGTH, WIDTH), np.float32)
+    weight = rng.standard_normal((LENGTH, WIDTH), np.float32)
+
+    @jax.jit
+    def gradient(state):
+        def loss(state):
+            return jnp.sum(weight * nnx.merge(mixer.graphdef, state)(x, Context())[0][0])
+
+        return jax.grad(loss)(state)
+
+    def total(leaves):
+        state = tree.unflatten(leaves)
+        return np.sum(weight * (formula(state, np.float64(x[0])) @ state["out"]["kernel"]))
+
+    gradients = jax.tree_util.tree_leaves_with_path(gradient(mixer.state))
+    leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, mixer.state))
+    names = [jax.tree_util.keystr(path) for path, _ in gradients]
+    assert {"['rate']['rate_log']", "['rate']['step_bias']"} <= set(names)
+    for index, (name, (_, found)) in enumerate(zip(names, gradients)):
+        direction = rng.standard_normal(found.shape)
+        moved = []
+        for step in (1e-5, -1e-5):
+            moved.append(list(leaves))
+            moved[-1][index] = leaves[index] + step * direction
+        slope = (total(moved[0]) - total(moved[1])) / 2e-5
+        error = abs(np.sum(found * direction) - slope)
+        assert error < 1e-4 * np.linalg.norm(found), name

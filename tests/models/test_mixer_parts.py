@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from effarch.configs import hybrids
+from effarch.models import build, parameters
 from effarch.models.layers import decay, feature_maps, forget_gate, kv_cache
 
 
@@ -75,6 +77,33 @@ def test_a_bounded_decay_stays_above_its_bound():
 def test_a_bound_that_is_none_is_refused(bound):
     with pytest.raises(ValueError, match=f"lower_bound={bound}"):
         decay.DecayRate(2, lower_bound=bound, rngs=nnx.Rngs(0))
+
+
+def test_forget_gates_close_with_depth():
+    """Bounds of l / L in every layer, stacked or alone; in layer 0 nearly none."""
+    c = hybrids.get_config("mixer=hgrn2,ratio=3").model
+
+    @jax.jit
+    def bounds(key):
+        state = nnx.state(build.model(c, vocab_size=8, rngs=nnx.Rngs(key)), nnx.Param)
+        return {
+            path: jax.nn.sigmoid(leaf)
+            for key_path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
+            if (path := parameters.path_of(key_path)).endswith("bound")
+        }
+
+    found = {}
+    for path, values in bounds(jax.random.key(0)).items():
+        for public, row in zip(parameters.public_paths(path), values, strict=True):
+            found[int(public.split("/")[1])] = row
+    assert sorted(found) == [0, 1, 2, 4, 5, 6]
+    for layer, row in found.items():
+        np.testing.assert_allclose(row, np.full(128, max(layer / 8, 1e-3)), rtol=1e-5)
+
+
+def test_a_bound_has_one_start():
+    with pytest.raises(ValueError, match=r"lower_bound=0\.5 and bound_by_depth give two starts"):
+        forget_gate.ForgetGate(4, lower_bound=0.5, by_depth=True)
 
 
 @pytest.mark.parametrize("bound", [0.0, 1.0])

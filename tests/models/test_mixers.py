@@ -97,6 +97,8 @@ def test_a_sliding_window_cache_does_not_grow():
         ("gated_delta_net", dict(num_heads=2, num_v_heads=3), "not a multiple of num_heads=2"),
         ("kda", dict(head_dim=8, num_v_heads=3), "not a multiple of num_heads=4"),
         ("delta_net", dict(head_dim=24), "not a multiple of head_dim=24"),
+        ("delta_net", dict(head_dim=8, qk_activation="gelu"), "qk_activation='gelu' is not known"),
+        ("delta_net", dict(head_dim=8, qk_norm="sum"), "choose relu or elu"),
         ("hgrn2", dict(head_dim=24), "not a multiple of head_dim=24"),
         ("mamba2", dict(head_dim=48), "not a multiple of head_dim=48"),
         ("gla", dict(num_heads=3), "cannot be split into num_heads=3"),

@@ -243,7 +243,6 @@ def test_mole_equals_a_standard_layer_of_its_products(factor, tie_in):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_bfloat16_is_near_float32():
     x = inputs()
     want = dense(make(Moe, top_k=2)[1], x, top_k=2)

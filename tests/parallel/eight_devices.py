@@ -24,8 +24,8 @@ from effarch.training import guard, state, step
 LAYERS = {
     "transformer": "attention/glu",
     "hybrid": "gated_delta_net/glu + attention/glu",
-    "gates": "kda/none + mamba2/none",
-    "decays": "retnet/none + gla/none + latent_attention/none",
+    "gates": "kda/none + mamba2/none + local/none",
+    "decays": "retnet/none + gla/none + latent_attention/none + linear_attention/none",
     "channels": "hgrn/none + hgrn2/none + delta_net/none",
     "sparse": "spark_attention/spark_ffn + attention/sparse_glu",
 }
@@ -41,9 +41,10 @@ def model_config(name):
     c.model.blocks.glu.hidden = c.model.blocks.sparse_glu.hidden = 64
     c.model.blocks.spark_attention.update(num_heads=8, head_dim=8, num_keys=12)
     c.model.blocks.spark_ffn.hidden = 96
-    c.model.blocks.kda.update(num_heads=8, head_dim=8, chunk_size=16)
+    c.model.blocks.kda.update(num_heads=8, head_dim=8, chunk_size=16, learnable_initial_state=True)
+    c.model.blocks.local = config.block("attention", num_heads=8, head_dim=8, window=11)
     c.model.blocks.mamba2.update(head_dim=16, state_dim=8, chunk_size=16)
-    for kind in ("retnet", "gla"):
+    for kind in ("retnet", "gla", "linear_attention"):
         c.model.blocks[kind].update(num_heads=8, chunk_size=16)
     for kind in ("hgrn2", "delta_net"):
         c.model.blocks[kind].update(head_dim=8, chunk_size=16)
@@ -63,12 +64,15 @@ def batches():
         starts = draw.random((ROWS, LENGTH)) < 0.05
         starts[:, 0] = True
         place = np.arange(LENGTH, dtype=np.int32)
+        segment_ids = np.cumsum(starts, axis=1, dtype=np.int32)
+        segment_ids[0, -5:] = segment_ids[1, 20:37] = 0  # padding: at the end, over whole pieces
+        weights = (draw.random((ROWS, LENGTH)) < 0.9) & (segment_ids != 0)
         yield {
             "inputs": tokens[:, :-1],
             "targets": tokens[:, 1:],
-            "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32),
+            "segment_ids": segment_ids,
             "positions": place - np.maximum.accumulate(np.where(starts, place, 0), axis=1),
-            "loss_weights": (draw.random((ROWS, LENGTH)) < 0.9).astype(np.float32),
+            "loss_weights": weights.astype(np.float32),
         }
 
 

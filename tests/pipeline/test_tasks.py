@@ -205,7 +205,7 @@ def test_copying_answers_with_what_follows(name):
             assert marked[0] == start + len(head) - 1
             if name != "copy":
                 q = x[: -len(answer[:-1])][-3:]
-                assert x.count(q) == 1 or len(re.findall(f"(?={q})", x)) == 1
+                assert len(re.findall(f"(?={q})", x)) == 1  # overlapping places count
                 assert q in head
     assert whole > 60
     assert task.vocab_size == 9

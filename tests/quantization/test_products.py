@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from effarch.quantization import estimators, matmul, recipes
+from effarch import config as default
+from effarch.quantization import estimators, matmul, recipes, rules
 
 T, I, O = 64, 32, 64
 SEED = np.array([1, 2], np.uint32)
@@ -141,6 +142,31 @@ def test_native_products_equal_fake_ones_bit_for_bit(kind):
     assert {"fp8_current": "f8E4M3FN", "int8": "xi8>"}[kind] in text
     for one, other in zip(fake, native):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["mxfp8", "nvfp4"])
+def test_native_blocks_are_the_values_of_fake_ones(kind):
+    """Here the codes and scales are taken apart again: they must be the fake product's values."""
+    given = {"stochastic": False} if kind == "nvfp4" else {}
+    fake = run(recipes.build(kind, **given), X, W, E, SEED)
+    native = run(recipes.build(kind, native=True, **given), X, W, E, SEED)
+    text = run.lower(recipes.build(kind, native=True, **given), X, W, E, SEED).as_text()
+    assert {"mxfp8": "f8E8M0FNU", "nvfp4": "f4E2M1FN"}[kind] in text
+    for one, other in zip(fake, native):
+        close(one, other)  # equal values; the order of a float32 sum follows the layout
+
+
+def test_native_blocks_need_a_machine_that_has_them():
+    config = default.default()
+    config.quantization.recipe, config.quantization.native = "nvfp4", True
+    with pytest.raises(ValueError, match="'nvfp4' needs block-scaled matrix products, which 'cpu'"):
+        rules.check_device(config.quantization, jax.devices()[0])
+    blackwell = type("Device", (), {"device_kind": "NVIDIA B200"})
+    rules.check_device(config.quantization, blackwell)
+    config.quantization.recipe = "fp8_current"
+    rules.check_device(config.quantization, jax.devices()[0])
+    with pytest.raises(ValueError, match="'mxfp4' has no product that runs"):
+        recipes.build("mxfp4", native=True)
 
 
 def test_int8_rounds_rows_and_leaves_the_weight_gradient():
@@ -355,7 +381,7 @@ def test_bad_recipes_are_refused_in_words():
         (lambda: recipes.build("quest", bit=4), "quantization.quest.bit is not an option"),
         (lambda: recipes.quest(bits=9), "quantization.quest.bits=9 must be 1 to 8"),
         (lambda: recipes.quartet(gradient="up"), "quantization.quartet.gradient='up'"),
-        (lambda: recipes.build("nvfp4", native=True), "the recipe 'nvfp4' has no product"),
+        (lambda: recipes.build("mxfp6", native=True), "the recipe 'mxfp6' has no product"),
         (lambda: run(recipes.nvfp4(), X, W, E), "needs random numbers"),
     ):
         with pytest.raises(ValueError, match="quantization") as error:

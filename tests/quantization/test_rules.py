@@ -124,7 +124,7 @@ def _first_layer(block):
             section("fp8_block", fp8_block=dict(block_size=128)),
             "blocks of 128 do not divide the 32",
         ),
-        (section("mxfp8", native=True), "quantization.native=True: the recipe 'mxfp8'"),
+        (section("mxfp6", native=True), "quantization.native=True: the recipe 'mxfp6'"),
     ],
 )
 def test_bad_rules_are_refused_in_words(quantization, words):

@@ -63,7 +63,6 @@ def test_five_outliers_move_the_exponent():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_chinchilla_standard_errors(refit, chinchilla):
     refits = bootstrap.bootstrap(refit, chinchilla, resamples=300, seed=42, extra=0)
     error = refits.se()

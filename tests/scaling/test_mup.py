@@ -158,7 +158,7 @@ def growth(mixer: str, ffn: str, widths, parametrized: bool) -> tuple[float, flo
 @pytest.mark.parametrize(
     "mixer, ffn",
     [
-        pytest.param("attention", "glu", marks=pytest.mark.ci),
+        ("attention", "glu"),
         *((mixer, "glu") for mixer in mixers.KINDS if mixer != "attention"),
         *(("attention", ffn) for ffn in ffns.KINDS if ffn != "glu"),
     ],

@@ -2,8 +2,10 @@
 
 import pytest
 
-from effarch import config, sweeps
-from effarch.sweeping import plan, schedule
+from effarch import config, config_check, sweeps
+from effarch.configs import tasks
+from effarch.sweeping import plan, results, schedule
+from effarch.training import run_folder
 
 
 def test_product_varies_the_last_part_fastest():
@@ -142,3 +144,25 @@ def test_a_run_waits_for_its_trunk(base, tmp_path, monkeypatch):
     monkeypatch.setattr(schedule.status, "finished", lambda run: run.name in dict(started))
     assert schedule.Sweep(runs, Launcher(), poll_seconds=0).run() == 0
     assert started == [(runs[0].name, []), (runs[1].name, [f"--trunk={runs[0].folder}"])]
+
+
+def test_whole_configs_as_runs(tmp_path):
+    base = tasks.get_config("task=mqar")
+    sweep = tasks.get_sweep("task=mqar,tasks=mqar+copying,mixers=gla+gated_delta_net")
+    assert sweep[1] == {}  # the base itself
+    runs = plan.runs(base.lock(), sweep, tmp_path)
+    for run, arg in zip(runs, ("mqar,mixer=gla", "mqar", "copying,mixer=gla", "copying")):
+        whole = config_check.finish(tasks.get_config(f"task={arg}"))
+        assert run.fingerprint == config.fingerprint(whole)
+        assert run.config.name == whole.name
+
+
+def test_the_table_has_a_line_a_run_and_every_figure(base, tmp_path):
+    runs = plan.runs(base, [{"seed": 1}, {"seed": 2}], tmp_path)
+    run_folder.create(runs[0].folder, runs[0].config, data=None)
+    summary = {"status": "finished", "seconds": 75, "val/loss": 1.5, "val/accuracy": 0.25}
+    run_folder.write_json(runs[0].folder / run_folder.SUMMARY, summary)
+    header, first, second = (line.split() for line in results.table(runs).splitlines())
+    assert header == ["run", "status", "time", "loss", "accuracy"]
+    assert first == [runs[0].name, "finished", "1:15", "1.5", "0.25"]
+    assert second == [runs[1].name, "new"]

@@ -35,8 +35,9 @@ RULES = (
 
 
 SMALL = ("adam8bit", "coat")  # of small states: test_optimizer_small_states.py
+SMALL += ("dct_adamw", "galore", "trion")  # of low rank: test_optimizer_low_rank.py
 FLOAT32 = [kind for kind in optimizers.KINDS if kind not in SMALL]
-ALL = [*FLOAT32, *(pytest.param(kind, marks=[pytest.mark.slow, pytest.mark.ci]) for kind in SMALL)]
+ALL = [*FLOAT32, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SMALL)]
 
 
 def nested(flat):

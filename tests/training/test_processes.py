@@ -112,7 +112,7 @@ def test_two_processes_are_one_run_and_either_continues_the_other(
 @pytest.mark.parametrize(
     ("victim", "number"),
     [
-        pytest.param(0, signal.SIGKILL, marks=pytest.mark.ci),
+        (0, signal.SIGKILL),
         (1, signal.SIGKILL),
         (1, signal.SIGSTOP),
     ],

@@ -37,11 +37,16 @@ def cut_at(monkeypatch, step):
 
 
 def test_a_quantized_run_resumes_bit_for_bit(make_tiny, tmp_path, monkeypatch):
-    """Layer 0 with delayed scales, layer 1 with stochastic rounding; 2 plain steps at both ends."""
-    plain = make_tiny()
-    plain.model.width = 32
-    rounded = make_tiny()
-    rounded.model.width = 32
+    """Layer 0 with delayed scales, layer 1 with stochastic rounding; 2 plain steps at both ends.
+
+    FP8 copies for the backward pass, moments of low rank with error feedback.
+    """
+    plain, rounded = make_tiny(), make_tiny()
+    for config in (plain, rounded):
+        config.model.width = 32
+        config.optimizer.kind = "dct_adamw"
+        config.optimizer.dct_adamw.update(rank=8, error_feedback=True)
+    rounded.quantization.saved_group = 16
     rounded.quantization.rules = ("layers/0/** fp8_delayed history=3", "layers/1/** quartet")
     rounded.quantization.start_step = rounded.quantization.tail_steps = 2
 

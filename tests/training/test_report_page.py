@@ -328,3 +328,31 @@ def test_importing_the_report_loads_no_matplotlib_and_no_jax():
     program = "import sys, effarch.report; print({'matplotlib', 'jax'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_the_load_of_experts_is_drawn(tmp_path):
+    """Two layers of 8 experts: one even but for an expert with all of another's tokens."""
+    load = {"3": [0.125] * 8, "10": [0.25, 0.0, *[0.125] * 6]}
+    run = _run(tmp_path / "run")
+    (run / "expert_load.json").write_text(json.dumps(load))
+    page = _page([run], tmp_path / "page.html")
+    said = next(text for text in page.texts if "Tokens of an expert" in text)
+    assert "Most: 2.00, expert 0 of layer 10. Without tokens: 1 of 16." in said
+    pictures = [load for load in page.loads if not load.startswith("#")]
+    assert pictures and all(load.startswith("data:image/png;base64,") for load in pictures)
+    cells = _pixels(next(p for p in pictures if _pixels(p).shape[:2] == (2, 8)))
+    assert len(np.unique(cells[0], axis=0)) == 1  # even
+    assert len(np.unique(cells[1], axis=0)) == 3
+    assert cells[1, 0, 0] > cells[1, 0, 2] and cells[1, 1, 2] > cells[1, 1, 0]  # warm, cold
+    (run / "expert_load.json").write_text('{"a": 3}')
+    page = _page([run], tmp_path / "page.html")
+    assert any("does not hold the load of experts" in text for text in page.texts)
+
+
+def _pixels(address):
+    import base64
+    import io
+
+    import matplotlib.image
+
+    return matplotlib.image.imread(io.BytesIO(base64.b64decode(address.partition(",")[2])))

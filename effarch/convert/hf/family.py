@@ -29,7 +29,8 @@ ACTIVATIONS = {
 TRAINING_ONLY = {
     "dtype", "init_std", "lora", "param_dtype", "remat", "scan", "z_loss",
     "backend", "balance_coef", "balance_scaling", "balance_scope", "bias_rate", "bias_stop_step",
-    "bias_zero_mean", "capacity_factor", "chunk_size", "top1_coef", "top1_temperature", "z_coef",
+    "bias_zero_mean", "capacity_factor", "chunk_size", "exchange", "top1_coef", "top1_temperature",
+    "z_coef",
 }  # fmt: skip
 """Options of a model and its blocks that do not change what a trained model computes."""
 

@@ -26,7 +26,7 @@ def import_run(source: pathlib.Path, target: pathlib.Path, base: ConfigDict) -> 
     the model's own if `source` has one. Raises ValueError for what effarch cannot hold.
     """
     content = folder.read_config(source)
-    config = _config(content, source, target, base)
+    config = config_of(content, source, target, base)
     config = config_check.finish(config, num_devices=jax.device_count())
     mesh = mesh_lib.make(mesh_lib.resolve(config.mesh, jax.device_count()))
     plan = setup.on_mesh(config, mesh, vocab_size=config.model.vocab_size)
@@ -57,7 +57,7 @@ def export_run(
     if (target / folder.CONFIG).exists():
         raise ValueError(f"--to={target} holds a model already; choose another folder.")
     config = run_folder.read_config(run)
-    plan = _plan(config)
+    plan = planned(config)
     model = config_lib.from_json(config_lib.to_json(config)).model
     model.vocab_size, model.lora.rank = plan.vocab_size, 0
     chosen, content = hf.of_model(model, family)
@@ -71,7 +71,8 @@ def export_run(
     return chosen.model_type
 
 
-def _config(content: dict, source: pathlib.Path, target: pathlib.Path, base) -> ConfigDict:
+def config_of(content: dict, source: pathlib.Path, target: pathlib.Path, base) -> ConfigDict:
+    """`base` with the model of the config.json `content` and, where `source` has one, its tokenizer."""
     config = config_lib.from_json(config_lib.to_json(base))
     model = family_lib.read_config(hf.of_config(content), content)
     for name in family_lib.TRAINING_ONLY & set(model):
@@ -95,7 +96,7 @@ def _tokenizer_spec(content: dict, source: pathlib.Path, target: pathlib.Path) -
     return f"{path}#{document}" if document else path
 
 
-def _plan(config) -> setup.Setup:
+def planned(config) -> setup.Setup:
     """The plan without data where the config says how many words there are."""
     if not config.model.vocab_size:
         return setup.prepare(config)

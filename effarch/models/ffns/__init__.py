@@ -13,6 +13,7 @@ from effarch.models.ffns.mole import Mole
 from effarch.models.ffns.q_sparse import QSparseFfn
 from effarch.models.ffns.spark_ffn import SparkFfn
 from effarch.models.ffns.sparse_glu import SparseGlu
+from effarch.models.ffns.structured_mlp import StructuredMlp
 
 KINDS = {
     "glu": Glu,
@@ -24,4 +25,5 @@ KINDS = {
     "spark_ffn": SparkFfn,
     "sparse_glu": SparseGlu,
     "q_sparse": QSparseFfn,
+    "structured_mlp": StructuredMlp,
 }

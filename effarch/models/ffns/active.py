@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effarch.kernels.sparse_ffn import api as sparse_ffn
+from effarch.models import remat
 from effarch.models.context import Context
 from effarch.models.layers import linear
 
@@ -25,7 +26,7 @@ def finish(
     if are_plain and _is_decoding(gate_BTF, ctx):
         args = (gate_BTF[:, 0], x_BTP[:, 0].astype(down.dtype), up.kernel[...], down.kernel[...])
         return sparse_ffn.sparse_ffn(*args)[:, None], None
-    h_BTF = gate_BTF * up(x_BTP)
+    h_BTF = remat.tag(gate_BTF * remat.tag(up(x_BTP), "ffn_up"), "ffn_hidden")
     return down(ctx.shard(h_BTF, "batch", "time", "ffn")), h_BTF
 
 

@@ -3,16 +3,23 @@
 y = (act(x W_gate) * (x W_up)) W_down
 """
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from effarch.models import remat
 from effarch.models.context import Context
 from effarch.models.layers import activations, linear
+from effarch.quantization import saved
 
 
 class Glu(nnx.Module):
     """y = W_down(act(W_gate x) * (W_up x)).  6*D*F FLOPs per token, 3*D*F parameters."""
+
+    saved_group = 0
+    """Above 0 the backward pass has the gate's and up's results as FP8 copies in such groups."""
 
     def __init__(
         self,
@@ -35,8 +42,19 @@ class Glu(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], ctx: Context):
         """Returns (y [B,T,D], aux)."""
-        h_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+        gate_BTF = remat.tag(self.gate(x_BTD), "ffn_gate")
+        up_BTF = remat.tag(self.up(x_BTD), "ffn_up")
+        if self.saved_group and not isinstance(self.activation, nnx.Module):
+            function = functools.partial(_gated, self.activation)
+            h_BTF = saved.small(function, self.saved_group, (gate_BTF, up_BTF), ())
+        else:
+            h_BTF = _gated(self.activation, gate_BTF, up_BTF)
+        h_BTF = remat.tag(h_BTF, "ffn_hidden")
         return self.down(ctx.shard(h_BTF, "batch", "time", "ffn")), {}
+
+
+def _gated(activation, gate_BTF, up_BTF):
+    return activation(gate_BTF) * up_BTF
 
 
 def default_hidden(width: int) -> int:

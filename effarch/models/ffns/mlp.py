@@ -7,12 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from effarch.models import remat
 from effarch.models.context import Context
 from effarch.models.layers import activations, linear
+from effarch.quantization import saved
 
 
 class Mlp(nnx.Module):
     """y = W_down(act(W_up x)).  4*D*F FLOPs per token, 2*D*F parameters (and 4 of a polynomial)."""
+
+    saved_group = 0
+    """Above 0 the backward pass has the result of `up` as FP8 copies in such groups."""
 
     def __init__(
         self,
@@ -34,5 +39,10 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], ctx: Context):
         """Returns (y [B,T,D], aux)."""
-        h_BTF = self.activation(self.up(x_BTD))
+        up_BTF = remat.tag(self.up(x_BTD), "ffn_up")
+        if self.saved_group and not isinstance(self.activation, nnx.Module):
+            h_BTF = saved.small(self.activation, self.saved_group, (up_BTF,), ())
+        else:
+            h_BTF = self.activation(up_BTF)
+        h_BTF = remat.tag(h_BTF, "ffn_hidden")
         return self.down(ctx.shard(h_BTF, "batch", "time", "ffn")), {}

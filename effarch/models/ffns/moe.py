@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 from effarch import names
 from effarch.models.context import Context
 from effarch.models.ffns import glu
+from effarch.models.ffns.experts import exchange as exchanges
 from effarch.models.ffns.experts import (
-    exchange,
     gated,
     router_losses,
     router_state,
@@ -63,6 +63,7 @@ class Moe(nnx.Module):
         top1_coef: float = 0.0,
         top1_temperature: float = 0.1,
         capacity_factor: float | None = None,
+        exchange: str = "all_to_all",
         backend: str | None = None,
         init_std: float = 0.02,
         dtype=jnp.float32,
@@ -72,12 +73,14 @@ class Moe(nnx.Module):
         """`hidden` (F) is the width of one expert; None: the width. Shared experts are one ffn of width
         `num_shared` * F; `shared_gate` multiplies what they give by sigmoid(x w), a number a token
         (Qwen2-MoE). Router and losses: `experts/routers.py`, `experts/router_losses.py`; a
-        coefficient of 0 turns a loss off. `capacity_factor` None: no token is dropped. `top_k_schedule`
+        coefficient of 0 turns a loss off. `capacity_factor` None: no token is dropped. `exchange`: how
+        tokens travel between devices, `experts/exchange.py`. `top_k_schedule`
         ((step, experts), ...) holds before `top_k`: `experts/router_state.py`."""
         hidden = hidden or width
         self.losses = Losses(balance_coef, z_coef, top1_coef, top1_temperature)
         names.lookup(dict.fromkeys(router_losses.SCOPES), balance_scope, "moe.balance_scope")
         names.lookup(dict.fromkeys(router_losses.SCALINGS), balance_scaling, "moe.balance_scaling")
+        names.lookup(dict.fromkeys(exchanges.WAYS), exchange, "moe.exchange")
         if capacity_factor is not None and not capacity_factor > 0:
             raise ValueError(
                 f"moe.capacity_factor={capacity_factor} must be above 0, or None to drop no token."
@@ -85,6 +88,7 @@ class Moe(nnx.Module):
         self.balance_scope, self.balance_scaling = balance_scope, balance_scaling
         self.num_experts, self.top_k, self.num_groups = num_experts, top_k, num_groups
         self.top_groups, self.capacity_factor, self.width = top_groups, capacity_factor, width
+        self.exchange = exchange
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.router = routers.Router(
             width,
@@ -134,7 +138,7 @@ class Moe(nnx.Module):
 
     def through_experts(self, x_BTD: Float[Array, "B T D"], routing: routers.Routing, ctx: Context):
         """`self.experts` on x: the weighted sum [B,T,D], and the measured share of dropped choices."""
-        y_BTD, is_sent_BTK = exchange.on_devices(
+        y_BTD, is_sent_BTK = exchanges.on_devices(
             self.experts.compute,
             self.experts.weights(),
             self.experts.logical(),
@@ -144,6 +148,7 @@ class Moe(nnx.Module):
             ctx,
             num_experts=self.num_experts,
             capacity_factor=self.capacity_factor,
+            way=self.exchange,
         )
         wanted = jnp.maximum(jnp.sum(routing.ids_BTK < self.num_experts), 1)
         return y_BTD, {"metric/dropped": 1 - jnp.sum(is_sent_BTK) / wanted}

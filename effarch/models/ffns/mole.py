@@ -45,6 +45,11 @@ class Mole(moe.Moe):
         self.group_size, self.latent = group_size, latent
         self.factor, self.tie_in = factor, tie_in
         super().__init__(width, rngs=rngs, **options)
+        if self.exchange == "ring":
+            raise ValueError(
+                "mole.exchange='ring' would send every device the latents of all groups; use "
+                "'all_to_all' or 'ragged'."
+            )
 
     def make_experts(self, hidden: int, options: dict, shared: dict) -> None:
         latent = self.latent = self.latent or hidden

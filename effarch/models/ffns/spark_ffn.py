@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch.kernels.topk import api as topk
+from effarch.models import remat
 from effarch.models.context import Context
 from effarch.models.ffns import active, glu
 from effarch.models.layers import linear
@@ -70,6 +71,7 @@ class SparkFfn(nnx.Module):
     def gate(self, x_BTD: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T F"]:
         """What multiplies each neuron: 0 for those that are not active."""
         s_BTF = self.predictor(x_BTD[..., : self.split])
+        s_BTF = remat.tag(s_BTF, "ffn_gate")
         s_BTF = topk.statistical_top_k(ctx.shard(s_BTF, "batch", "time", "ffn"), self.num_active)
         return jax.nn.gelu(s_BTF, approximate=True)
 

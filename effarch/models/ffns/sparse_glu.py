@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from effarch import names
 from effarch.kernels.topk import api as topk
+from effarch.models import remat
 from effarch.models.context import Context
 from effarch.models.ffns import active, glu
 from effarch.models.layers import activations, linear
@@ -64,7 +65,8 @@ class SparseGlu(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], ctx: Context):
         """Returns (y [B,T,D], aux)."""
-        g_BTF = self._select(ctx.shard(self.gate(x_BTD), "batch", "time", "ffn"))
+        g_BTF = remat.tag(self.gate(x_BTD), "ffn_gate")
+        g_BTF = self._select(ctx.shard(g_BTF, "batch", "time", "ffn"))
         g_BTF = self.activation(g_BTF)
         if self.up_activation is None:
             y_BTD, h_BTF = active.finish(g_BTF, x_BTD, self.up, self.down, ctx)

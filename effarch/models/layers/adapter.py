@@ -17,10 +17,10 @@ class Adapter(nnx.Module):
         self, layer: linear.Linear, *, rank: int, alpha: float, param_dtype, rngs: nnx.Rngs
     ):
         inputs, outputs = layer.sizes
-        axes, units = layer.kernel.get_metadata("logical"), layer.kernel.get_metadata("units")
-        if layer.by_outputs:
-            axes = axes[::-1]
-        shared = dict(head_dim=max(units), dtype=layer.dtype, param_dtype=param_dtype, rngs=rngs)
+        axes = layer.axes
+        shared = dict(
+            head_dim=max(layer.units), dtype=layer.dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.down = linear.Linear(
             inputs, rank, axes=(axes[0], "rank"), init_std=inputs**-0.5, **shared
         )

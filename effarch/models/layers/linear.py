@@ -1,10 +1,13 @@
 """The linear layer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from effarch.models import remat
 from effarch.quantization import matmul
 
 
@@ -15,6 +18,10 @@ class Linear(nnx.Module):
     """What takes the place of the plain product; given by the builder."""
     adapter = None
     """What is added to it; given by the builder."""
+    structure = None
+    """The factors that stand for the kernel; given by the builder."""
+    guide = None
+    """What trains beside the factors; given by the builder."""
 
     def __init__(
         self,
@@ -40,18 +47,31 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), logical=(axes[1],))
         self.use_bias = use_bias
         self.sizes, self.by_outputs = shape, by_outputs
+        self.axes, self.units = axes, units
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        product = matmul.matmul if self.quantizer is None else self.quantizer
-        kernel = self.kernel[...].T if self.by_outputs else self.kernel[...]
-        y = product(x, kernel, dtype=self.dtype)
+        y = self._product(x) if self.structure is None else self._structured(x)
+        y = remat.tag(y, "product")
         y = y if self.adapter is None else y + self.adapter(x)
         return y + self.bias[...].astype(y.dtype) if self.use_bias else y
 
+    def _product(self, x):
+        product = matmul.matmul if self.quantizer is None else self.quantizer
+        kernel = self.kernel[...].T if self.by_outputs else self.kernel[...]
+        return product(x, kernel, dtype=self.dtype)
+
+    def _structured(self, x):
+        structure = functools.partial(self.structure, dtype=self.dtype)
+        return structure(x) if self.guide is None else self.guide(x, structure)
+
     def matrix(self) -> Float[Array, "I O"]:
         """W as it is applied, its adapter included, for layers that take it apart."""
-        kernel = self.kernel[...].T if self.by_outputs else self.kernel[...]
+        if self.structure is None:
+            kernel = self.kernel[...].T if self.by_outputs else self.kernel[...]
+        else:
+            kernel = self.structure.matrix()
+            kernel = kernel if self.guide is None else self.guide.matrix(kernel)
         return kernel if self.adapter is None else kernel + self.adapter.matrix()
 
     @property
@@ -60,5 +80,7 @@ class Linear(nnx.Module):
         return (self.sizes,)
 
     def forward_flops(self, seq_len: int) -> float:
-        """Per token; the sequence length does not matter."""
+        """Per token, without a guide's; the sequence length does not matter."""
+        if self.structure is not None:
+            return self.structure.flops
         return 2.0 * self.sizes[0] * self.sizes[1]

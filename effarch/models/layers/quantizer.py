@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from effarch.kernels.grouped_matmul import api as grouped_matmul
 from effarch.models.context import Context
 from effarch.models.state import ModelState, Probe
-from effarch.quantization import estimators, grouped, matmul
+from effarch.quantization import diagnostics, estimators, grouped, matmul
 from effarch.quantization.recipes import Recipe
 
 _KEY = 1 << 20  # folded into the layer's key, away from the numbers that layers use themselves
@@ -25,6 +25,8 @@ class Quantizer(nnx.Module):
 
     seed = None
     """Two random uint32 words of this layer and step; handed out by `prepare`."""
+    observed = None
+    """A Probe for `diagnostics`; given by `watch`."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -34,7 +36,17 @@ class Quantizer(nnx.Module):
         """y = x w, [..., O] in `dtype`."""
         if not self.is_active:
             return matmul.matmul(x, w, dtype=dtype)
-        return self.product(x, w, dtype)
+        y = self.product(x, w, dtype)
+        if self.observed is None:
+            return y
+        given = self.given(x)
+        seen = diagnostics.forward(self.recipe, x, w, **given)
+        probe, amax = self.observed[...], given.get("amax")
+        return diagnostics.observe(self.recipe, y, probe, seen, self.seed, amax)
+
+    def given(self, x) -> dict[str, Array]:
+        """The magnitudes or steps that this layer rounds by, if they are not its arrays' own."""
+        return {}
 
     def product(self, x, w, dtype):
         return matmul.quantized_matmul(x, w, self.recipe, dtype=dtype, seed=self.seed)
@@ -61,9 +73,12 @@ class Delayed(Quantizer):
         self.largest = ModelState(jnp.zeros((3,)), logical=(None,))
         self.seen = Probe(jnp.zeros((3,)), logical=(None,))
 
+    def given(self, x) -> dict[str, Array]:
+        return {"amax": self.largest[...]}
+
     def product(self, x, w, dtype):
         return matmul.quantized_matmul(
-            x, w, self.recipe, dtype=dtype, amax=self.largest[...], probe=self.seen[...]
+            x, w, self.recipe, dtype=dtype, probe=self.seen[...], **self.given(x)
         )
 
     def next_state(self, state: dict, aux: dict, probes: dict) -> dict:
@@ -90,12 +105,16 @@ class Learned(Quantizer):
         self.start = ModelState(jnp.stack([jnp.zeros(()), start_w]), logical=(None,))
         self.seen = Probe(jnp.zeros((1,)), logical=(None,))
 
+    def given(self, x) -> dict[str, Array]:
+        start = jnp.where(self.start[...] > 0, self.start[...], self._first(x))
+        return {"steps": jnp.maximum(start * self.factor[...], 1e-5)}
+
     def product(self, x, w, dtype):
-        first = estimators.initial_step(jax.lax.stop_gradient(x), self.recipe.step_bits[0])
-        x = estimators.report(x, self.seen[...], first[None])
-        start = jnp.where(self.start[...] > 0, self.start[...], first)
-        steps = jnp.maximum(start * self.factor[...], 1e-5)
-        return matmul.quantized_matmul(x, w, self.recipe, dtype=dtype, steps=steps)
+        seen = estimators.report(x, self.seen[...], self._first(x)[None])
+        return matmul.quantized_matmul(seen, w, self.recipe, dtype=dtype, **self.given(x))
+
+    def _first(self, x):
+        return estimators.initial_step(jax.lax.stop_gradient(x), self.recipe.step_bits[0])
 
     def next_state(self, state: dict, aux: dict, probes: dict) -> dict:
         """start [layers, 2]."""
@@ -104,6 +123,11 @@ class Learned(Quantizer):
 
 def make(recipe: Recipe, layer: nnx.Module, path: str) -> Quantizer:
     """The quantizer that a recipe needs for a layer."""
+    if getattr(layer, "structure", None) is not None:
+        raise ValueError(
+            f"quantization: {path} is factored (structured), which recipes do not serve; add a rule "
+            f"such as 'layers/*/{path} none'."
+        )
     if not recipe.has_state:
         return Quantizer(recipe)
     if not isinstance(getattr(layer, "kernel", None), nnx.Param):
@@ -119,6 +143,50 @@ def attach(block: nnx.Module, found: dict[str, Recipe | None]) -> None:
     for path, layer in linear_layers(block).items():
         if found.get(path) is not None:
             layer.quantizer = make(found[path], layer, path)
+
+
+def keep_small(block: nnx.Module, group: int) -> None:
+    """Tells norms and activations of a block to keep FP8 copies for the backward pass; 0: none.
+
+    Raises ValueError where groups do not divide a width.
+    """
+    for path, node in nnx.iter_graph(block) if group else ():
+        if isinstance(node, nnx.Module) and hasattr(node, "saved_group"):
+            is_norm = hasattr(node, "scale")
+            width = node.scale[...].shape[-1] if is_norm else node.up.sizes[1]
+            if width % group:
+                raise ValueError(
+                    f"quantization.saved_group={group} does not divide the width {width} of "
+                    f"{'/'.join(map(str, path))}; use one that does, such as 16, or 0."
+                )
+            node.saved_group = group
+
+
+def watch(model: nnx.Module) -> list[str]:
+    """Gives the quantizers of a model's linear layers probes; the layers' paths, by stack.
+
+    Experts have none: their matrices lie beside each other in one layer.
+    """
+    watched = []
+    for name, block in model.layers.items():
+        for path, layer in linear_layers(block).items():
+            kernel = getattr(layer, "kernel", None)
+            if layer.quantizer is not None and isinstance(kernel, nnx.Param):
+                zeros = jnp.zeros((kernel.get_value().shape[0], len(diagnostics.NAMES)))
+                layer.quantizer.observed = Probe(zeros, logical=("layers", None))
+                watched.append(f"layers/{name}/{path}")
+    return watched
+
+
+def statistical(model: nnx.Module) -> dict[str, tuple[int, int]]:
+    """(bits, dimension of a row) of every matrix that StatsQ rounds, by the parameter's path."""
+    found = {}
+    for name, block in model.layers.items():
+        for path, layer in linear_layers(block).items():
+            rule = layer.quantizer and layer.quantizer.recipe.w
+            if isinstance(rule, estimators.Stats) and isinstance(layer.kernel, nnx.Param):
+                found[f"layers/{name}/{path}/kernel"] = rule.bits, -1 if layer.by_outputs else -2
+    return found
 
 
 def detach(model: nnx.Module) -> None:
@@ -138,7 +206,10 @@ def linear_layers(block: nnx.Module) -> dict[str, nnx.Module]:
 
 
 def prepare(block: nnx.Module, ctx: Context) -> None:
-    """Tells the quantizers of a block whether to round and hands each random words of its own."""
+    """Tells a block whether to round and hands each of its quantizers random words of its own."""
+    for _, node in () if ctx.quantized else nnx.iter_graph(block):
+        if isinstance(node, nnx.Module) and getattr(node, "saved_group", 0):
+            node.saved_group = 0
     quantizers = [node for _, node in nnx.iter_graph(block) if isinstance(node, Quantizer)]
     for quantizer in quantizers:
         quantizer.is_active = ctx.quantized

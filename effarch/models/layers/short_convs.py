@@ -12,7 +12,7 @@ from effarch.models.context import Context
 
 
 class ShortConvs(nnx.Module):
-    """A causal depthwise convolution and SiLU for each named projection; with 0 taps the identity.
+    """A causal depthwise convolution and SiLU for each named projection; with 0 taps SiLU alone.
 
     `conv_size` taps (+ 1 with bias) per channel, kernels ~ N(0, init_std), biases 0.
     """
@@ -23,13 +23,14 @@ class ShortConvs(nnx.Module):
         conv_size: int,
         *,
         use_bias: bool = False,
+        linear: tuple[str, ...] = (),
         init_std: float = 0.02,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """`sizes` gives the channels of each projection."""
-        self.sizes, self.conv_size = tuple(sizes.items()), conv_size
+        """`sizes` gives the channels of each projection; those named in `linear` have no SiLU."""
+        self.sizes, self.conv_size, self.linear = tuple(sizes.items()), conv_size, linear
         self.use_bias, self.dtype = use_bias, dtype
         if conv_size == 0:
             return
@@ -43,7 +44,10 @@ class ShortConvs(nnx.Module):
     def __call__(self, projected: dict[str, Array], ctx: Context, cache: dict | None):
         """The convolved projections [B,T,F] and the last inputs of each, for the decode cache."""
         if self.conv_size == 0:
-            return projected, {}
+            activated = {
+                name: x if name in self.linear else jax.nn.silu(x) for name, x in projected.items()
+            }
+            return activated, {}
         convolved, tails = {}, {}
         for name, x_BTF in projected.items():
             bias = getattr(self, f"{name}_bias")[...] if self.use_bias else None
@@ -51,7 +55,7 @@ class ShortConvs(nnx.Module):
                 x_BTF,
                 getattr(self, name)[...].astype(x_BTF.dtype),
                 bias=None if bias is None else bias.astype(x_BTF.dtype),
-                activation="silu",
+                activation=None if name in self.linear else "silu",
                 initial=None if cache is None else cache[name],
                 segment_ids=ctx.segment_ids,
             )

@@ -3,17 +3,20 @@
     q, k, v = split(x W_q), split(x W_k), split(x W_v);  o = softmax(q k^T / sqrt(K) + mask) v W_o
 
 Options: rotary positions or none, RMS-normed queries and keys per head (Qwen3), a sliding window and a
-soft-cap on the scores (Gemma-2), a sigmoid gate on the output (Qwen3-Next, arXiv 2505.06708).
+soft-cap on the scores (Gemma-2), a sigmoid gate on the output (Qwen3-Next, arXiv 2505.06708), queries
+and keys rounded as one matrix a head (QKR of OFQ, arXiv 2302.02210; see `joint`).
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from effarch.kernels.attention import api as attention
+from effarch.models import remat
 from effarch.models.context import Context
 from effarch.models.layers import attend, kv_cache, linear, norm, rotary
+from effarch.quantization import estimators
 
 
 class Attention(nnx.Module):
@@ -36,6 +39,7 @@ class Attention(nnx.Module):
         softcap: float | None = None,
         scale: float | None = None,
         use_gate: bool = False,
+        joint_bits: int | None = None,
         backend: str | None = None,
         norm_eps: float = 1e-6,
         init_std: float = 0.02,
@@ -46,7 +50,8 @@ class Attention(nnx.Module):
         """`window`: tokens each query sees, itself included. `qk_norm_whole`: the norms run over all
         heads together (OLMoE). None means: num_kv_heads = num_heads, head_dim = width / num_heads,
         no window, no soft-cap, scale = 1 / sqrt(K), the fastest backend. `rope_scaling`: the four
-        numbers of `rotary.stretched` (Llama 3.1)."""
+        numbers of `rotary.stretched` (Llama 3.1). `joint_bits`: W_q W_k^T of a head is rounded to so
+        many bits (0: not rounded), which positions and norms between the two do not allow."""
         num_kv_heads = num_kv_heads or num_heads
         head_dim = head_dim or width // num_heads
         _check(width, num_heads, num_kv_heads, head_dim, rope, rope_fraction, window)
@@ -61,6 +66,10 @@ class Attention(nnx.Module):
         self.backend, self.dtype = backend, dtype
         self.qk_norm, self.use_gate = qk_norm, use_gate
         self.qk_norm_whole = qk_norm_whole
+        self.joint_bits = joint_bits
+        if joint_bits is not None:
+            _check_joint(joint_bits, rope, qk_norm)
+            self.scale = scale if scale is not None else head_dim**-0.5
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         shared |= dict(head_dim=head_dim)
         columns, rows = ("embed", "heads"), ("heads", "embed")
@@ -79,23 +88,40 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"], ctx: Context, cache: dict | None = None):
         """Returns (y [B,T,D], cache, aux)."""
         positions = ctx.token_positions(x_BTD)
-        q, k, v = self._project(x_BTD, ctx, positions)
-        options = dict(window=self.window, softcap=self.softcap, scale=self.scale)
-        options |= dict(backend=self.backend)
+        found = self._project(x_BTD, ctx, positions)
+        q, k, v = (remat.tag(x, name) for x, name in zip(found, "qkv"))
         if cache is None:
-            o = attend.attend(q, k, v, ctx, **options)
+            o = attend.attend(q, k, v, ctx, **self._options())
         else:
-            o, cache = self._attend_cached(q, k, v, ctx, positions, cache, options)
-        o_BTF = o.reshape(*o.shape[:2], -1)
+            o, cache = self._attend_cached(q, k, v, ctx, positions, cache, self._options())
+        o_BTF = remat.tag(o.reshape(*o.shape[:2], -1), "mixer_hidden")
         if self.use_gate:
             o_BTF = o_BTF * jax.nn.sigmoid(self.gate(x_BTD))
         return self.out(ctx.shard(o_BTF, "batch", "time", "heads")), cache, {}
+
+    def share_of(
+        self, marked_BT: Bool[Array, "B T"], x_BTD: Float[Array, "B T D"], ctx: Context
+    ) -> Float[Array, "B T H"]:
+        """How much of each query's attention goes to the marked tokens, from 0 to 1."""
+        q, k, _ = self._project(x_BTD, ctx, ctx.token_positions(x_BTD))
+        marks = jnp.broadcast_to(marked_BT[..., None, None], k.shape).astype(k.dtype)
+        return attend.attend(q, k, marks, ctx, **self._options())[..., 0]
+
+    def _options(self) -> dict:
+        return dict(
+            window=self.window, softcap=self.softcap, scale=self.scale, backend=self.backend
+        )
 
     def _project(self, x_BTD, ctx: Context, positions):
         def heads(y_BTF, count):
             y = y_BTF.reshape(*y_BTF.shape[:2], count, self.head_dim)
             return ctx.shard(y, "batch", "time", "heads", None)
 
+        if self.joint_bits is not None:
+            q, k = self._joint(x_BTD)
+            v = heads(self.v(x_BTD), self.num_kv_heads)
+            # One key, the input itself, for all heads; the kernel wants as many as there are values.
+            return ctx.shard(q, "batch", "time", "heads", None), k, v
         q, k = self.q(x_BTD), self.k(x_BTD)
         if self.qk_norm and self.qk_norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -108,6 +134,24 @@ class Attention(nnx.Module):
             turn |= dict(scaling=self.rope_scaling)
             q, k = rotary.rotate(q, positions, **turn), rotary.rotate(k, positions, **turn)
         return q, k, v
+
+    def _joint(self, x_BTD: Float[Array, "B T D"]):
+        """x A of every head [B,T,H,D] and x [B,T,G,D]: q k^T = x A x^T with A = W_q W_k^T."""
+        if self.q.quantizer is not None or self.k.quantizer is not None:
+            raise ValueError(
+                "attention: joint_bits rounds W_q and W_k together; leave both out of the recipes with "
+                "rules such as 'layers/*/mixer/q none'."
+            )
+        w_q, w_k = (
+            layer.matrix().reshape(layer.sizes[0], -1, self.head_dim) for layer in (self.q, self.k)
+        )
+        w_k = jnp.repeat(w_k, self.num_heads // self.num_kv_heads, axis=1)
+        a_HDE = jnp.einsum("dhk,ehk->hde", w_q, w_k)
+        if self.joint_bits:
+            a_HDE = estimators.estimate(a_HDE, estimators.Stats(self.joint_bits), (0, 2))
+        q = jnp.einsum("btd,hde->bthe", x_BTD, a_HDE.astype(x_BTD.dtype))
+        shape = (*x_BTD.shape[:2], self.num_kv_heads, x_BTD.shape[2])
+        return q, jnp.broadcast_to(x_BTD[:, :, None], shape)
 
     def _attend_cached(self, q, k, v, ctx: Context, positions, cache, options):
         """Attends to what the cache holds and to the new tokens, then stores the new tokens."""
@@ -128,7 +172,8 @@ class Attention(nnx.Module):
         """An empty cache for sequences of up to `length` tokens (a ring of `window` if set)."""
         slots = min(length, self.window) if self.window else length
         shape = (self.num_kv_heads, self.head_dim)
-        return kv_cache.init(batch, slots, {"k": shape, "v": shape}, self.dtype)
+        key = shape if self.joint_bits is None else (self.num_kv_heads, self.q.sizes[0])
+        return kv_cache.init(batch, slots, {"k": key, "v": shape}, self.dtype)
 
     def forward_flops(self, seq_len: int) -> float:
         """Scores and values per token, causal average over the sequence; projections not included."""
@@ -136,6 +181,16 @@ class Attention(nnx.Module):
         # The mean number of visible keys of the causal convention: half, not half plus a half.
         visible = seq_len / 2 if window == seq_len else window * (1 - (window - 1) / (2 * seq_len))
         return 4.0 * visible * self.num_heads * self.head_dim
+
+
+def _check_joint(joint_bits, rope, qk_norm) -> None:
+    if rope or qk_norm:
+        raise ValueError(
+            f"attention: joint_bits={joint_bits} rounds W_q W_k^T, which rotary positions and norms "
+            "between the two do not allow; set rope=False and qk_norm=False."
+        )
+    if joint_bits and not 2 <= joint_bits <= 8:
+        raise ValueError(f"attention: joint_bits={joint_bits} must be 0 (not rounded) or 2 to 8.")
 
 
 def _check(width, num_heads, num_kv_heads, head_dim, rope, rope_fraction, window) -> None:

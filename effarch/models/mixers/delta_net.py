@@ -3,7 +3,8 @@
     S_t = (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
     b = sigmoid(x W_b), doubled with negative eigenvalues (arXiv 2411.12537);   y = RMSNorm(o) W_out
 
-q, k and v pass a causal depthwise convolution with SiLU; q and k are L2-normalised.
+q, k and v pass a causal depthwise convolution with SiLU; q and k are L2-normalised. The paper's other
+choices for q and k: relu, elu(x) + 1 or nothing in place of SiLU, and channels that sum to 1.
 """
 
 import jax
@@ -11,8 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from effarch import names
 from effarch.models.context import Context
 from effarch.models.layers import heads, linear, memory, norm, short_convs
+
+QK_ACTIVATIONS = {
+    "silu": lambda x: x,  # the convolution's own
+    "relu": jax.nn.relu,
+    "elu": lambda x: jax.nn.elu(x) + 1,
+    "identity": lambda x: x,
+}
+QK_NORMS = {"l2": norm.l2_normalize, "sum": norm.sum_normalize}
 
 
 class DeltaNet(nnx.Module):
@@ -25,6 +35,8 @@ class DeltaNet(nnx.Module):
         num_heads: int | None = None,
         head_dim: int = 128,
         conv_size: int = 4,
+        qk_activation: str = "silu",
+        qk_norm: str = "l2",
         use_gate: bool = False,
         allow_neg_eigval: bool = False,
         learnable_initial_state: bool = False,
@@ -36,8 +48,17 @@ class DeltaNet(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """num_heads None: width / head_dim; conv_size 0 leaves the convolutions out."""
+        """num_heads None: width / head_dim; conv_size 0 leaves the convolutions out. `qk_activation` is
+        silu, relu, elu (+ 1) or identity, `qk_norm` l2 or sum (for channels that are not negative)."""
         num_heads = heads.count("delta_net", width, num_heads, head_dim)
+        names.lookup(QK_ACTIVATIONS, qk_activation, "delta_net: qk_activation")
+        names.lookup(QK_NORMS, qk_norm, "delta_net: qk_norm")
+        if qk_norm == "sum" and qk_activation not in ("relu", "elu"):
+            raise ValueError(
+                f"delta_net: qk_norm='sum' divides by sums that qk_activation={qk_activation!r} lets "
+                "vanish; choose relu or elu."
+            )
+        self.qk_activation, self.qk_norm = qk_activation, qk_norm
         self.num_heads, self.head_dim = num_heads, head_dim
         self.use_gate, self.beta_scale = use_gate, 2.0 if allow_neg_eigval else 1.0
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -51,7 +72,8 @@ class DeltaNet(nnx.Module):
         if use_gate:
             self.gate = linear.Linear(width, inner, axes=columns, head_dim=head_dim, **shared)
         sizes = {"q": inner, "k": inner, "v": inner}
-        self.conv = short_convs.ShortConvs(sizes, conv_size, **shared)
+        is_linear = () if qk_activation == "silu" else ("q", "k")
+        self.conv = short_convs.ShortConvs(sizes, conv_size, linear=is_linear, **shared)
         self.memory = memory.Memory(
             *(num_heads, head_dim, head_dim),
             learned=learnable_initial_state,
@@ -64,7 +86,8 @@ class DeltaNet(nnx.Module):
         projected = {"q": self.q(x_BTD), "k": self.k(x_BTD), "v": self.v(x_BTD)}
         projected, tails = self.conv(projected, ctx, None if cache is None else cache["conv"])
         q, k, v = (heads.split(projected[name], self.num_heads, ctx) for name in "qkv")
-        q, k = norm.l2_normalize(q), norm.l2_normalize(k)
+        activation, normalize = QK_ACTIVATIONS[self.qk_activation], QK_NORMS[self.qk_norm]
+        q, k = (normalize(activation(x)) for x in (q, k))
         beta_BTH = self.beta_scale * jax.nn.sigmoid(self.beta(x_BTD).astype(jnp.float32))
         o, state = self.memory.delta_rule(q, k, v, beta_BTH, None, ctx, cache)
         o_BTF = heads.join(self.out_norm(o), ctx)

@@ -17,13 +17,14 @@ from effarch.models.layers import forget_gate, learned_start, linear, norm
 
 
 class HGRN(nnx.Module):
-    """4 D^2 + D parameters (+ D with lower_bound); the state is D numbers."""
+    """4 D^2 + D parameters (+ D with a lower bound); the state is D numbers."""
 
     def __init__(
         self,
         width: int,
         *,
         lower_bound: float | None = None,
+        bound_by_depth: bool = False,
         learnable_initial_state: bool = False,
         backend: str | None = None,
         norm_eps: float = 1e-6,
@@ -32,7 +33,8 @@ class HGRN(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """`lower_bound`: where the learned lower bound of a starts (0 to 1), None for none."""
+        """`lower_bound`: where the learned lower bound of a starts (0 to 1), None for none.
+        `bound_by_depth`: it starts at l / L in layer l of a model of L, as in the paper."""
         self.backend = backend
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         columns = ("embed", "heads")
@@ -40,7 +42,9 @@ class HGRN(nnx.Module):
         self.forget = linear.Linear(width, width, axes=columns, **shared)
         self.gate = linear.Linear(width, width, axes=columns, **shared)
         self.out = linear.Linear(width, width, axes=("heads", "embed"), **shared)
-        self.forget_gate = forget_gate.ForgetGate(width, lower_bound=lower_bound)
+        self.forget_gate = forget_gate.ForgetGate(
+            width, lower_bound=lower_bound, by_depth=bound_by_depth
+        )
         self.out_norm = norm.RMSNorm(width, eps=norm_eps, param_dtype=param_dtype)
         self.start = learned_start.Start((width,), learned=learnable_initial_state)
 

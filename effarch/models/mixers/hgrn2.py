@@ -16,7 +16,7 @@ from effarch.models.layers import forget_gate, heads, linear, memory, norm
 
 
 class HGRN2(nnx.Module):
-    """4 D^2 + D parameters (+ D with lower_bound) with H K = D; V = K."""
+    """4 D^2 + D parameters (+ D with a lower bound) with H K = D; V = K."""
 
     def __init__(
         self,
@@ -25,6 +25,7 @@ class HGRN2(nnx.Module):
         num_heads: int | None = None,
         head_dim: int = 128,
         lower_bound: float | None = None,
+        bound_by_depth: bool = False,
         learnable_initial_state: bool = False,
         chunk_size: int | None = None,
         backend: str | None = None,
@@ -35,7 +36,8 @@ class HGRN2(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """num_heads None: width / head_dim; `lower_bound`: where the learned lower bound of a starts
-        (0 to 1), None for none."""
+        (0 to 1), None for none; `bound_by_depth`: at l / L in layer l of a model of L, as in the
+        paper."""
         num_heads = heads.count("hgrn2", width, num_heads, head_dim)
         self.num_heads, self.head_dim = num_heads, head_dim
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -44,7 +46,9 @@ class HGRN2(nnx.Module):
         self.forget = linear.Linear(width, inner, axes=columns, head_dim=head_dim, **shared)
         self.input = linear.Linear(width, inner, axes=columns, head_dim=head_dim, **shared)
         self.out = linear.Linear(inner, width, axes=("heads", "embed"), head_dim=head_dim, **shared)
-        self.forget_gate = forget_gate.ForgetGate(inner, lower_bound=lower_bound)
+        self.forget_gate = forget_gate.ForgetGate(
+            inner, lower_bound=lower_bound, by_depth=bound_by_depth
+        )
         self.out_norm = norm.RMSNorm(inner, eps=norm_eps, param_dtype=param_dtype)
         self.memory = memory.Memory(
             *(num_heads, head_dim, head_dim),

@@ -26,6 +26,7 @@ class LinearAttention(nnx.Module):
         expand_v: float = 1.0,
         feature_map: str = "elu",
         normalize: bool = False,
+        sum_features: bool = False,
         learnable_initial_state: bool = False,
         chunk_size: int | None = None,
         backend: str | None = None,
@@ -35,10 +36,12 @@ class LinearAttention(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """expand_k = H K / width, expand_v = H V / width; `normalize` wants positive features."""
+        """expand_k = H K / width, expand_v = H V / width. Both `normalize` and `sum_features`, which
+        makes the features of every query and key sum to 1, want positive features."""
         k_dim = heads.width_of("linear_attention", expand_k * width, num_heads)
         v_dim = heads.width_of("linear_attention", expand_v * width, num_heads)
-        self.num_heads, self.v_dim, self.normalize = num_heads, v_dim, normalize
+        self.num_heads, self.v_dim = num_heads, v_dim
+        self.normalize, self.sum_features = normalize, sum_features
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         keys, values, columns = num_heads * k_dim, num_heads * v_dim, ("embed", "heads")
         self.q = linear.Linear(width, keys, axes=columns, head_dim=k_dim, **shared)
@@ -60,6 +63,8 @@ class LinearAttention(nnx.Module):
         """Returns (y [B,T,D], cache, aux)."""
         q = self.q_map(heads.split(self.q(x_BTD), self.num_heads, ctx))
         k = self.k_map(heads.split(self.k(x_BTD), self.num_heads, ctx))
+        if self.sum_features:
+            q, k = norm.sum_normalize(q), norm.sum_normalize(k)
         v = heads.split(self.v(x_BTD), self.num_heads, ctx)
         if self.normalize:
             v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1).astype(jnp.float32)

@@ -10,13 +10,26 @@ from typing import Any
 import optax
 
 from effarch import names
-from effarch.training.optimizers import adam8bit, adamw, coat, groups, muon, updates
+from effarch.training.optimizers import (
+    adam8bit,
+    adamw,
+    coat,
+    dct_adamw,
+    galore,
+    groups,
+    muon,
+    trion,
+    updates,
+)
 
 KINDS = {
     "adam8bit": adam8bit.adam8bit,
     "adamw": adamw.adamw,
     "coat": coat.coat,
+    "dct_adamw": dct_adamw.dct_adamw,
+    "galore": galore.galore,
     "muon": muon.muon,
+    "trion": trion.trion,
 }
 
 

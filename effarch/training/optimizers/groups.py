@@ -28,8 +28,6 @@ import numpy as np
 from effarch import names
 from effarch.models import parameters
 
-_STACKING = ("layers", "experts")
-
 PerLayer = float | np.ndarray
 """One number, or an array [layers, 1, ...] that broadcasts over a stacked parameter."""
 
@@ -123,7 +121,7 @@ def _group(info: parameters.ParamInfo, rules: Sequence[Rule]) -> Group:
     kind = kind_of(info)
     if kind == "matrix" and len({layer["optimizer"] for layer in layers}) > 1:
         _refuse_split(info, rules)
-    dims = [dim for dim, axis in enumerate(info.logical) if axis not in _STACKING]
+    dims = [dim for dim, axis in enumerate(info.logical) if axis not in parameters.STACKING]
     return Group(
         path=info.path,
         kind=kind,

@@ -38,8 +38,8 @@ def logical_axes(
 ) -> tuple[str | None, ...] | None:
     """The logical axes of a leaf: its parameter's, if it has one.
 
-    What groups along the last dimension share, [..., groups, n], has those of the other dimensions. None
-    for other shapes and for counters.
+    What groups along the last dimension share, [..., groups, n], has those of the other dimensions, what
+    has one dimension cut short (low rank) those of the rest. None for other shapes and for counters.
     """
     info = _owner(opt_state_leaf_path, infos_by_path)
     if info is None:
@@ -48,6 +48,10 @@ def logical_axes(
         return info.logical
     if len(leaf_shape) == len(info.shape) + 1 and info.shape[:-1] == tuple(leaf_shape[:-2]):
         return (*info.logical[:-1], None, None)
+    if len(leaf_shape) == len(info.shape):
+        kept = [size == whole for size, whole in zip(leaf_shape, info.shape)]
+        if kept.count(False) == 1:
+            return tuple(axis if same else None for axis, same in zip(info.logical, kept))
     return None
 
 

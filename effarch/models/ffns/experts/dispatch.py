@@ -42,10 +42,12 @@ class Plan(NamedTuple):
         return self.slots_NK < self.choices_M.shape[0]
 
 
-def dropless(ids_NK: Int[Array, "N K"], num_experts: int) -> Plan:
-    """A row for every choice, sorted by expert; choices of expert E (none) go nowhere."""
+def dropless(ids_NK: Int[Array, "N K"], num_experts: int, aligned: int | None = None) -> Plan:
+    """A row for every choice, sorted by expert; choices of expert E (none) go nowhere.
+
+    `aligned` None: what serves `grouped_matmul` best."""
     num_choices = ids_NK.size
-    aligned = grouped_matmul.alignment(num_choices, num_experts)
+    aligned = aligned or grouped_matmul.alignment(num_choices, num_experts)
     num_rows = num_choices + min(num_experts, num_choices) * (aligned - 1)
     num_rows = -(-num_rows // aligned) * aligned
     position_NK, sizes_E = _positions(ids_NK, num_experts)

@@ -55,6 +55,11 @@ class Experts(nnx.Module):
         _, width, hidden = self.sizes
         return (width, hidden), (hidden, width)
 
+    @property
+    def row_widths(self) -> tuple[int, int]:
+        """Numbers of a row that travels to an expert, and of one that comes back."""
+        return self.sizes[1], self.sizes[1]
+
     def weights(self) -> dict[str, Array]:
         """The arrays that `compute` takes."""
         kept = ("gate", "up", "down") if self.gated else ("up", "down")
@@ -66,13 +71,13 @@ class Experts(nnx.Module):
         return {"gate": way_in, "up": way_in, "down": way_out}
 
     def compute(self, weights: dict[str, Array], x_ND, ids_NK, weights_NK, exchange: Exchange):
-        """The weighted sum over the chosen experts [N,D] and the plan; on one device's pieces."""
+        """The weighted sum over the chosen experts [N,D], and which choices had a row; on one
+        device's pieces."""
 
         def apply(x_MD, plan):
             return self._rows(weights, x_MD, plan)
 
-        y_MD, plan = exchange.run(apply, x_ND.astype(self.dtype), ids_NK)
-        return dispatch.collect(y_MD, weights_NK, plan), plan
+        return exchange.combined(apply, x_ND.astype(self.dtype), ids_NK, weights_NK)
 
     def _rows(self, weights, x_MD: Float[Array, "M D"], plan: dispatch.Plan):
         """The experts' outputs for the rows of a plan; `weights` may hold a part of the experts."""

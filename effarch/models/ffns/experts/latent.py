@@ -82,6 +82,12 @@ class LatentExperts(nnx.Module):
             return *sizes, (hidden, width)
         return *sizes, (hidden, latent), (latent, width)
 
+    @property
+    def row_widths(self) -> tuple[int, int]:
+        """Numbers of a row that travels to an expert, and of one that comes back."""
+        _, width, _, latent = self.sizes
+        return latent * (2 - self.tie_in), width if self.factor == "up_gate" else latent
+
     def weights(self) -> dict[str, Array]:
         """The arrays that `compute` takes."""
         kept = ["gate", "up", "down"]
@@ -96,7 +102,8 @@ class LatentExperts(nnx.Module):
         return {**own, "down": ("experts", "ffn", None), **dict.fromkeys(shared, (None,) * 3)}
 
     def compute(self, weights: dict, x_ND, ids_NK, weights_NK, exchange: Exchange):
-        """The weighted sum over the chosen experts [N,D] and the plan; on one device's pieces."""
+        """The weighted sum over the chosen experts [N,D], and which choices had a row; on one
+        device's pieces."""
         pair_NK, pair_ids_NP = distinct_groups(
             ids_NK // self.group_size, self.num_groups, self.groups_per_token
         )
@@ -107,14 +114,14 @@ class LatentExperts(nnx.Module):
         z_NC = z_NKC.reshape(-1, z_NKC.shape[-1])
         y_M, plan = exchange.run(lambda z, plan: self._rows(weights, z, plan), z_NC, ids_NK)
         if self.factor == "up_gate":
-            return dispatch.collect(y_M, weights_NK, plan), plan
+            return dispatch.collect(y_M, weights_NK, plan), plan.is_sent
         y_NKL = rows.take(y_M, plan.slots_NK.reshape(-1), plan.choices_M)
         y_NKL = y_NKL.reshape(*ids_NK.shape, -1) * weights_NK[..., None].astype(y_M.dtype)
         y_NPL = jnp.einsum("nkp,nkl->npl", of_choice_NKP, y_NKL)
         y_M = dispatch.send(y_NPL.reshape(-1, y_NPL.shape[-1]), pairs.per_choice)
         y_M = self._product(y_M, weights, "latent_out", pairs)
         ones_NP = jnp.ones(pair_ids_NP.shape, jnp.float32)
-        return dispatch.collect(y_M, ones_NP, pairs), plan
+        return dispatch.collect(y_M, ones_NP, pairs), plan.is_sent
 
     def _latents(self, weights, x_ND, pairs: dispatch.Plan, shape):
         """The latents of each token's groups, [N,P,2 L] (gate first), or [N,P,L] if tied."""

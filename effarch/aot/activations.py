@@ -1,0 +1,35 @@
+"""Bytes that a transformer layer keeps for its backward pass: Reducing Activation Recomputation in Large
+Transformer Models, arXiv 2205.05198, table 2.
+
+16-bit activations, GELU feed-forward of 4 h, dropout masks of one byte, attention that keeps its scores;
+s tokens a sequence, b sequences, h the width, a heads, t devices of tensor parallelism.
+"""
+
+from collections.abc import Callable
+
+TECHNIQUES: dict[str, Callable[..., float]] = {
+    "none": lambda s, b, h, a, t: s * b * h * (34 + 5 * a * s / h),
+    "tensor": lambda s, b, h, a, t: s * b * h * (10 + 24 / t + 5 * a * s / (h * t)),
+    "tensor, sequence": lambda s, b, h, a, t: s * b * h / t * (34 + 5 * a * s / h),
+    "tensor, selective": lambda s, b, h, a, t: s * b * h * (10 + 24 / t),
+    "tensor, sequence, selective": lambda s, b, h, a, t: 34 * s * b * h / t,
+    "full": lambda s, b, h, a, t: 2 * s * b * h,
+}
+
+
+def published(technique: str, *, s: int, b: int, h: int, a: int, t: int) -> float:
+    """Bytes a layer and device by the published formula of a technique."""
+    return TECHNIQUES[technique](s, b, h, a, t)
+
+
+def kept(names: str, *, s: int, b: int, h: int, f: int, t: int, pieces: int) -> float:
+    """Bytes a layer and device that `model.remat=names:NAMES` keeps, period inputs included.
+
+    Our block (feed-forward of width f, as many key heads as heads, no dropout): two bytes for every
+    number; what has heads or hidden channels is split over t devices, the stream over `pieces`.
+    """
+    sizes = {"mixer_in": h, "mixer_out": h / pieces, "ffn_in": h, "ffn_out": h / pieces}
+    sizes |= dict.fromkeys(("q", "k", "v", "mixer_hidden"), h / t)
+    sizes |= dict.fromkeys(("ffn_gate", "ffn_up", "ffn_hidden"), f / t)
+    chosen = names.removeprefix("names:").split(",") if names != "full" else []
+    return 2 * s * b * (h / pieces + sum(sizes[name] for name in chosen))

@@ -1,0 +1,66 @@
+"""One cell: three layers of plain experts, of MoLE or of LatentMoE, made equal in FLOPs or parameters.
+
+python -m effarch.train --config=experiments/latent_experts/grid.py:kind=mole8,equal=flops
+
+The width of an expert (of MoLE its rank as well, as in the paper) is the one that comes nearest to the
+plain layer's forward FLOPs a token, or to its parameters.
+"""
+
+from effarch import config, names
+
+WIDTH, EXPERTS, TOP_K, HIDDEN = 96, 32, 4, 48
+KINDS = ("standard", "mole4", "mole8", "mole32", "latent_moe")
+EQUAL = ("flops", "params")
+
+
+def get_config(arg=""):
+    switches = config.parse_arg(arg, kind="standard", equal="flops")
+    kind = names.lookup(dict(zip(KINDS, KINDS)), switches["kind"], "kind")
+    equal = names.lookup(dict(zip(EQUAL, EQUAL)), switches["equal"], "equal")
+    c = config.default()
+    c.name = f"{kind}-{equal}"
+    c.model.width, c.model.depth = WIDTH, 3
+    c.model.blocks.attention.update(num_heads=2, head_dim=48)
+    hidden = min(range(4, 4 * HIDDEN), key=lambda f: abs(cost(kind, equal, f) - target(equal)))
+    if kind == "standard":
+        c.model.layers = "attention/moe"
+        c.model.blocks.moe.update(num_experts=EXPERTS, top_k=TOP_K, hidden=hidden)
+    elif kind == "latent_moe":
+        c.model.layers = "attention/latent_moe"
+        c.model.blocks.latent_moe.update(num_experts=4 * EXPERTS, top_k=4 * TOP_K, hidden=hidden)
+    else:
+        c.model.layers = "attention/mole"
+        size = int(kind.removeprefix("mole"))
+        c.model.blocks.mole.update(num_experts=EXPERTS, top_k=TOP_K, hidden=hidden, group_size=size)
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.schedule.warmup_steps = 30
+    c.optimizer.schedule.final_fraction = 0.0
+    c.eval.every_steps = c.checkpoint.every_steps = 0
+    c.log.tensorboard = False
+    c.log.sample_prompts = ()
+    c.data.tokenizer, c.data.val_permille = "bytes", 20
+    c.data.seq_len, c.data.batch_size, c.train.num_steps = 256, 8, 300
+    return c
+
+
+def target(equal: str) -> int:
+    """Of the plain layer."""
+    return cost("standard", equal, HIDDEN)
+
+
+def cost(kind: str, equal: str, hidden: int) -> int:
+    """Forward FLOPs a token, or parameters, of one layer's experts and router.
+
+    MoLE's tokens touch as many groups as they have choices, where there are as many.
+    """
+    d, f, experts, top_k, each = WIDTH, hidden, EXPERTS, TOP_K, 2 if equal == "flops" else 1
+    if kind == "latent_moe":
+        experts, top_k = 4 * experts, 4 * top_k
+    used = top_k if equal == "flops" else experts
+    if kind == "standard":
+        return each * (3 * d * f * used + d * experts)
+    if kind == "latent_moe":
+        return each * (3 * (d // 4) * f * used + 2 * d * (d // 4) + d * experts)
+    groups = experts // int(kind.removeprefix("mole"))
+    groups = min(groups, used) if equal == "flops" else groups
+    return each * (used * (2 * f * f + f * d) + 2 * groups * f * d + d * experts)

@@ -1,0 +1,142 @@
+"""Active neurons of ReLU and SiLU models over training: python experiments/sparsing_law/run.py
+
+Trains what is missing in the folder of runs, measures PPL-1% at every checkpoint that was kept, then
+writes results/runs.json, figures/ratio.png and the tables of README.md. Half an hour on one core;
+`--steps` makes it shorter (the checkpoints are a tenth of it apart).
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from effarch import experiment_record, experiment_runs
+from effarch.analysis import sparsing_law
+from effarch.scaling import statistics
+
+HERE = pathlib.Path(__file__).resolve().parent
+STEPS, ROWS = 400, 4
+VARIANTS = {"relu": ["--config=sparse:ffn=relu"], "silu": ["--config=sparse:ffn=glu"]}
+VARIANTS["silu"] += ["--config.model.blocks.glu.activation=silu"]
+
+
+def main() -> None:
+    flags = experiment_runs.parser(__doc__, runs="runs/sparsing_law", seeds=3)
+    flags.set_defaults(steps=STEPS)
+    options = flags.parse_args()
+    runs = {
+        options.runs / f"{name}-seed{seed}": (name, _flags(name, seed, options.steps))
+        for seed in range(options.seeds)
+        for name in VARIANTS
+    }
+    summaries = experiment_runs.collect({folder: x for folder, (_, x) in runs.items()}, options)
+    found: dict[str, list] = {name: [] for name in VARIANTS}
+    for folder, summary in summaries.items():
+        if not options.write_only:
+            _measure(folder)
+        found[runs[folder][0]].append(_figures(folder, summary))
+    experiment_record.write_json(HERE / "results/runs.json", found)
+    _write_runs(found)
+    _write_verdict(found)
+    _draw(found)
+
+
+def _flags(name: str, seed: int, steps: int) -> list[str]:
+    apart = max(steps // 10, 1)
+    flags = [*VARIANTS[name], f"--config.seed={seed}"]
+    flags += [f"--config.optimizer.schedule.warmup_steps={min(50, steps // 4)}"]
+    return flags + [f"--config.checkpoint.{x}={apart}" for x in ("every_steps", "keep_period")]
+
+
+def _result(folder: pathlib.Path) -> pathlib.Path:
+    return folder / "analysis/sparsity.json"
+
+
+def _measure(folder: pathlib.Path) -> None:
+    if not _result(folder).exists():
+        flags = [f"--run={folder}", "--what=sparsity", f"--rows={ROWS}"]
+        subprocess.run([sys.executable, "-m", "effarch.analysis", *flags], check=True)
+
+
+def _figures(folder: pathlib.Path, summary: dict) -> dict:
+    """Tokens and mean active ratio of every checkpoint; the loss at the end."""
+    checkpoints = json.loads(_result(folder).read_text())["checkpoints"]
+    a_step = summary["tokens"] / summary["steps"]
+    return {
+        "loss": summary["val/loss"],
+        "tokens": [int(step) * a_step for step in checkpoints],
+        "active_ratio": [float(np.mean(x["active_ratio"])) for x in checkpoints.values()],
+        "nonzero_ratio": [float(np.mean(x["nonzero_ratio"])) for x in checkpoints.values()],
+    }
+
+
+def _settled(run: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and ratios without the first two tenths, in which the learning rate rises."""
+    first = len(run["tokens"]) // 5
+    return np.array(run["tokens"][first:]), np.array(run["active_ratio"][first:])
+
+
+def _write_runs(found: dict) -> None:
+    rows = []
+    for name, runs in found.items():
+        for seed, run in enumerate(runs):
+            tokens, ratio = _settled(run)
+            try:
+                fit = sparsing_law.fit(name, tokens, ratio)
+                law = f"{fit.params['limit']:.3f} (R2 {fit.r2:.2f})"
+            except ValueError:
+                law = "no fit"
+            ratios = (ratio[0], ratio[-1], run["nonzero_ratio"][-1])
+            shown = [f"{value:.1%}" for value in ratios]
+            rows.append([name, seed, *shown, law, f"{run['loss']:.4f}"])
+    header = ["activation", "seed", "PPL-1 % ratio after warm-up", "at the end", "not 0 at the end"]
+    header += ["limit of the law", "validation loss, nats"]
+    experiment_record.write_table(HERE / "README.md", "runs", header, rows)
+
+
+def _write_verdict(found: dict) -> None:
+    ends = {name: [_settled(run)[1] for run in runs] for name, runs in found.items()}
+    pairs = min(map(len, found.values()))
+    last = {name: np.array([ratio[-1] for ratio in ratios]) for name, ratios in ends.items()}
+    loss = {name: np.array([run["loss"] for run in runs]) for name, runs in found.items()}
+    change = {name: [r[-1] - r[0] for r in ratios] for name, ratios in ends.items()}
+    claims = (
+        ("the ratio of ReLU falls", np.array(change["relu"]), -1),
+        ("the ratio of SiLU rises", np.array(change["silu"]), 1),
+        ("ReLU needs fewer neurons than SiLU", last["relu"][:pairs] - last["silu"][:pairs], -1),
+    )
+    sentences = []
+    for claim, values, sign in claims:
+        interval = statistics.over_seeds(values)
+        low, high = sorted((sign * interval.low, sign * interval.high))
+        verdict = "holds" if low > 0 else "fails" if high < 0 else "is not decided by these seeds"
+        sentences.append(
+            f"*{claim}* {verdict} ({100 * interval.mean:+.1f} points, 95 % interval "
+            f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f})."
+        )
+    ratio = statistics.over_seeds(loss["relu"][:pairs] / loss["silu"][:pairs] - 1)
+    sentences.append(f"The loss of ReLU is {ratio.mean:+.2%} from that of SiLU.")
+    experiment_record.write_text(HERE / "README.md", "verdict", " ".join(sentences))
+
+
+def _draw(found: dict) -> None:
+    matplotlib.use("Agg")
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for index, (name, runs) in enumerate(found.items()):
+        for seed, run in enumerate(runs):
+            label = {"relu": "ReLU", "silu": "SiLU"}[name] if seed == 0 else None
+            axis.plot(
+                run["tokens"], run["active_ratio"], "o-", color=f"C{index}", label=label, ms=3
+            )
+    axis.set(xlabel="tokens", ylabel="active neurons, PPL-1 %", ylim=(0, None))
+    axis.legend(frameon=False)
+    (HERE / "figures").mkdir(exist_ok=True)
+    figure.savefig(HERE / "figures/ratio.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

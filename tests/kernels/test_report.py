@@ -1,0 +1,182 @@
+"""The compile report: its readers on small listings, its command, figures that must not worsen."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from effarch.kernels.report import cases, compiling, gpu_listing, table, tpu_listing
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TOLERANCE = 1.05
+GUARDED = [
+    cases.Case("gated_delta_rule", "v6e", "pallas_tpu"),
+    cases.Case("gated_delta_rule", "v6e", "pallas_tpu", backward=True),
+]
+
+LISTING = """
+     0   :  { %1 = inlined_call_operand.vmem [shape: bf16[8]]
+iteration_bounds: (1, 2, 3)
+strides: (1, 16, 16) */ }
+   0x1 LB: > { %2 = sst }
+   0x2   : > { %3 = vmatmul  ;;  %4 = vadd }
+   0x3 LH: > > { %5 = vadd }
+   0x4   :  { %6 = sst }
+"""
+UNITS = """== CAPACTIY:
+MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
+    2     2     4     2     1     3     3     2     2     2
+== UTILIZATION:
+0 0 0 0 0 0 0 0 0 1
+0 1 0 0 0 3 1 0 2 0
+1 0 2 0 1 0 0 2 1 0
+2 2 4 2 1 3 3 2 2 2
+0 0 0 0 0 0 0 0 0 1
+"""
+
+
+def test_a_tpu_kernel_is_counted_by_bundles_of_a_grid_step(tmp_path):
+    (tmp_path / "table.txt").write_text(UNITS)
+    (tmp_path / "listing.txt").write_text(LISTING)
+    found = tpu_listing.kernel(tmp_path / "table.txt", tmp_path / "listing.txt", token_heads=8)
+    assert (found["bundles"], found["steps"], found["inner_loop_bundles"]) == (2, 6, 1)
+    assert found["per_token_and_head"] == 2 * 6 / 8
+    full = {"MXU": 1 / 4, "XLU": 1 / 4, "VPU": 2 / 8, "EUP": 1 / 2, "load": 3 / 6, "store": 2 / 4}
+    assert found["occupancy"] == full
+    assert (found["spill_stores"], found["spill_loads"]) == (3, 1)
+
+
+PTX = """(
+	.param .u64 x_param_0
+)
+.reqntid 128, 1, 1
+{
+	.reg .pred 	%p<9>;
+	ld.param.b64 	%rd1, [x_param_0];
+	mov.b32 	%r1, 0;
+$L__BB0_1:                              // a loop
+	wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r5, %r6}, %rd2, %p1;
+	{ // begin inline asm
+	wgmma.wait_group.sync.aligned 0;
+	}
+	add.s32 	%r1, %r1, 4;
+	setp.ne.b32 	%p7, %r1, 40;
+	@%p7 bra 	$L__BB0_1;
+// %bb.2:
+	ret;
+}
+"""
+
+
+def test_a_gpu_kernel_is_counted_by_instructions_of_its_warps():
+    """Three outside of the loop, five in it, ten trips; four warps, six blocks."""
+    found = gpu_listing.kernel(PTX, blocks=6, token_heads=8)
+    assert found["warps"] == 4 and found["matrix"] == {"wgmma": 1}
+    assert found["per_token_and_head"] == (3 + 5 * 10) * 4 * 6 / 8
+
+
+@pytest.mark.parametrize(
+    ("comparison", "trips"),
+    [
+        ("setp.lt.u32 %p7, %r1, 40;", 10),  # of the counter after its increase
+        ("setp.le.u32 %p7, %r1, 40;", 11),
+        ("setp.lt.u32 %p7, %r9, 36;", 10),  # of the counter before
+        ("setp.lt.u32 %p7, %r1, %r2;", 1),  # not to be known
+    ],
+)
+def test_trips_of_a_loop(comparison, trips):
+    body = PTX.replace("setp.ne.b32 	%p7, %r1, 40;", comparison)
+    body = body.replace("add.s32 	%r1, %r1, 4;", "add.s32 	%r1, %r9, 4;")
+    assert gpu_listing.issued_by_warp(body) == 3 + 5 * trips
+
+
+def test_a_spec_is_read_and_mistakes_are_named():
+    spec = cases.parse_spec("T=512,HV=8,dtype=float32,packed=1")
+    assert (spec.T, spec.H, spec.value_heads, spec.dtype) == (512, 16, 8, "float32")
+    assert spec.token_heads == 512 * 8
+    for text, match in [
+        ("T=0", "T=0 must be a whole number of at least 1"),
+        ("T=many", "T=many must be"),
+        ("dtype=int8", "dtype=int8 is not one of bfloat16, float32"),
+        ("t=4", "--spec"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            cases.parse_spec(text)
+
+
+def test_the_committed_table_is_that_of_the_figures():
+    rows = table.read()
+    assert rows
+    shown = table.README.read_text()
+    assert shown.split(table.START)[1].split(table.END)[0] == table.markdown(rows)
+    wanted = [json.dumps(case.to_dict()) for case in table.committed()]
+    assert [x for x in wanted if x in {json.dumps(row["case"]) for row in rows}] == [
+        json.dumps(row["case"]) for row in rows
+    ]
+    for row in rows:
+        assert table.lines(row)
+
+
+@pytest.mark.slow
+def test_the_command_without_the_compiler_says_what_to_install():
+    if compiling_wheel_is_here("libtpu"):
+        pytest.skip("libtpu is installed")
+    done = run("--op=delta_rule", "--target=v6e")
+    assert done.returncode == 2
+    assert "pip install 'effarch[aot]'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GUARDED, ids=lambda case: "both" if case.backward else "forward")
+def test_no_kernel_needs_more_bundles_than_committed(case):
+    """The figures belong to one version of the compiler."""
+    [row] = [row for row in table.read() if row["case"] == case.to_dict()] or [None]
+    if not compiling_wheel_is_here("libtpu"):
+        pytest.skip("the compiler wheel libtpu is not installed")
+    measured_with, here = row["versions"]["libtpu"], importlib.metadata.version("libtpu")
+    if measured_with != here:
+        pytest.skip(f"the figures are those of libtpu {measured_with}, and this is {here}")
+    found = compiling.measure(case)
+    assert found["per_token_and_head"] <= TOLERANCE * row["per_token_and_head"]
+    assert found["temporary_bytes"] <= TOLERANCE * row["temporary_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "unit", "most", "shared"),
+    [
+        ("a100", "mma.sync", 500, 166912),
+        ("h100", "wgmma", 340, 232448),
+        ("b200", "tcgen05", 380, 232448),
+    ],
+)
+def test_the_gpu_forward_takes_the_matrix_unit_without_spills(target, unit, most, shared):
+    if not compiling_wheel_is_here("jax-cuda13-pjrt"):
+        pytest.skip("the compiler wheel jax-cuda13-pjrt is not installed")
+    found = compiling.measure(cases.Case("gated_delta_rule", target, "pallas_gpu"))
+    ours = [kernel for kernel in found["kernels"] if kernel["is_pallas"]]
+    assert len(ours) == 3 and all(kernel["matrix"].get(unit) for kernel in ours)
+    assert not any(kernel["spill_bytes"] for kernel in ours)
+    assert all(kernel["shared_bytes"] <= shared for kernel in ours)
+    assert found["per_token_and_head"] <= most
+
+
+def compiling_wheel_is_here(name):
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "effarch.kernels.report", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )

@@ -234,6 +234,7 @@ def _identity(config) -> dict:
         model.pop("lora", None)
     if model.get("structured", {}).get("form", "none") == "none":
         model.pop("structured", None)
+    fields["quantization"].pop("metrics_every", None)  # a look at the run, no part of it
     for kind in set(optimizers.KINDS) - {optimizer["kind"]}:
         optimizer.pop(kind, None)
     task = fields["data"].pop("task", {"name": "none"})

@@ -14,6 +14,8 @@ from effarch.kernels import dispatch, recurrent_arguments
 from effarch.kernels.delta_rule import step
 
 BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_tpu_precise", "pallas_gpu")
+AUTOMATIC = ("xla", "pallas_tpu")
+"""What backend=None may choose; "pallas_gpu" only by name until its gradient has been checked."""
 
 
 def gated_delta_rule(
@@ -42,7 +44,8 @@ def gated_delta_rule(
     chunk_size: tokens that the chunked backends treat at once, None for the device's best.
     backend: "xla", "reference" (also for forward-mode derivatives), "pallas_tpu" or None for the
     fastest. On a TPU, bfloat16 inputs are multiplied in one pass (errors of 3e-3, or 2e-2 where keys
-    are alike; "pallas_tpu_precise": 7e-3); float32 inputs keep their digits there too.
+    are alike; "pallas_tpu_precise": 7e-3); float32 inputs keep their digits there too. "pallas_gpu"
+    takes bfloat16 inputs and heads of at most 128; it is chosen by name only.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     g, initial_state, segment_ids = (
@@ -54,7 +57,7 @@ def gated_delta_rule(
     return dispatch.call(
         "delta_rule",
         "gated_delta_rule",
-        BACKENDS,
+        BACKENDS if backend else AUTOMATIC,
         backend,
         *(q, k, v, beta, g),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,

@@ -53,6 +53,7 @@ def latent_model(model: ConfigDict, options: Options) -> ConfigDict:
         section.update({field: own[field] for field in own if field != "kind"})
         section.update(group_size=options.group_size, factor=options.factor)
         section.tie_in = options.tie_in
+        section.exchange = "all_to_all" if own.exchange == "ring" else own.exchange
         section.latent = options.latent or own.hidden or m.width
         new = name.replace("moe", "mole") if "moe" in name else f"{name}_mole"
         m.blocks[new] = section

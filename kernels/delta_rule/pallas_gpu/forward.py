@@ -82,12 +82,10 @@ def _prepare_kernel(
     lower = beta[...][:, None] * lower_of(plan, k, coarse, fine, docs, key_products)
     solve.invert_diagonal_blocks(plan, lower, scratch, inverse)
     x, m = solve.operators(plan, lower, inverse)
-    # Factors of the right sides go into the columns of X: a quarter of the numbers.
-    x = x * beta[...][None, :]
-    reader = k_read[...] if plan.per_channel else k[...]
-    x_read = x if plan.per_channel else x * read[...][None, :]
-    w[...] = solve.solve(x_read.astype(w.dtype), m, reader).astype(w.dtype)
-    u[...] = solve.solve(x.astype(u.dtype), m, v[...]).astype(u.dtype)
+    reader = k_read[...] if plan.per_channel else read[...][:, None] * k[...]
+    strength = beta[...][:, None]
+    w[...] = solve.solve(x, m, strength * reader).astype(w.dtype)
+    u[...] = solve.solve(x, m, strength * v[...]).astype(u.dtype)
 
 
 def lower_of(plan, k, coarse, fine, docs, key_products):

@@ -51,8 +51,8 @@ def operators(plan, lower, inverse) -> tuple[jax.Array, jax.Array]:
 
 
 def solve(x, m, right) -> jax.Array:
-    """(I + L)^-1 right, float32, for operands of one dtype; X may carry factors in its columns."""
-    y = dot(x, right)
+    """(I + L)^-1 right, float32; operands are rounded to the dtype of X before each product."""
+    y = dot(x, right.astype(x.dtype))
     z = y - dot(m, y.astype(m.dtype))
     return z + dot(m, dot(m, z.astype(m.dtype)).astype(m.dtype))
 

@@ -75,8 +75,8 @@ def check_sizes(path: str, recipe: Recipe, sizes: tuple[int, int]) -> None:
             )
 
 
-def check_device(section, device: jax.Device) -> None:
-    """Raises ValueError for native products that the device has no instructions for."""
+def check_device(section, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError for native products that the mesh's devices have no instructions for."""
     if is_off(section) or not section.native:
         return
     found = {section.recipe: _build(section, section.recipe, {})}
@@ -84,7 +84,7 @@ def check_device(section, device: jax.Device) -> None:
         found[text.split()[1]] = _parse(section, text, index)[1]
     for kind, recipe in found.items():
         if recipe is not None and recipe.products.native_blocks:
-            native.check(kind, device)
+            native.check(kind, mesh.devices.flat[0])
 
 
 def _parse(section, text: str, index: int):

@@ -209,7 +209,7 @@ def on_mesh(config, mesh: jax.sharding.Mesh, *, vocab_size: int, dataset=None) -
     layout = sharding.Layout(mesh, sharding.rules(config.mesh.rules))
     rows = (config.data.batch_size // config.train.accumulate, config.data.seq_len)
     layout.check("a micro-batch of data.batch_size x data.seq_len", rows, ("batch", "stream"))
-    rules.check_device(config.quantization, mesh.devices.flat[0])
+    rules.check_device(config.quantization, mesh)
     sizes = dict(vocab_size=vocab_size, quantization=config.quantization)
     plan = state_lib.blueprint(config.model, **sizes)
     model = build.abstract(config.model, **sizes)

@@ -90,6 +90,8 @@ def planted_model():
     return nnx.merge(plan.graphdef, params, plan.probes, state), params, state
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_planted_model_is_converted_exactly():
     """Version 2 of the layer, against the model itself; and the moments against numpy."""
     model, params, state = planted_model()

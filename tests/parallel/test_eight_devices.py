@@ -48,6 +48,8 @@ def check(found: list[dict], losses: float = 1e-4) -> None:
         assert line["losses"] < losses, line
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.multiprocess
 def test_a_hybrid_on_every_axis():
     check(compare("hybrid", ALONE))
@@ -55,7 +57,6 @@ def test_a_hybrid_on_every_axis():
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_transformer_on_every_axis():
     check(compare("transformer", ALONE))
 
@@ -72,7 +73,6 @@ MIXERS = ("gates", "decays", "channels")
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize("model", MIXERS)
 def test_every_mixer_with_time_or_heads_cut(model):
     # The rate is too high for some of these models: their steps magnify rounding.

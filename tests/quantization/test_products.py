@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -156,15 +157,19 @@ def test_native_blocks_are_the_values_of_fake_ones(kind):
         close(one, other)  # equal values; the order of a float32 sum follows the layout
 
 
+def _mesh_of(device):
+    return types.SimpleNamespace(devices=np.array([device], object))
+
+
 def test_native_blocks_need_a_machine_that_has_them():
     config = default.default()
     config.quantization.recipe, config.quantization.native = "nvfp4", True
     with pytest.raises(ValueError, match="'nvfp4' needs block-scaled matrix products, which 'cpu'"):
-        rules.check_device(config.quantization, jax.devices()[0])
-    blackwell = type("Device", (), {"device_kind": "NVIDIA B200"})
-    rules.check_device(config.quantization, blackwell)
+        rules.check_device(config.quantization, _mesh_of(jax.devices()[0]))
+    blackwell = type("Device", (), {"device_kind": "NVIDIA B200"})()
+    rules.check_device(config.quantization, _mesh_of(blackwell))
     config.quantization.recipe = "fp8_current"
-    rules.check_device(config.quantization, jax.devices()[0])
+    rules.check_device(config.quantization, _mesh_of(jax.devices()[0]))
     with pytest.raises(ValueError, match="'mxfp4' has no product that runs"):
         recipes.build("mxfp4", native=True)
 

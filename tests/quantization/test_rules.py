@@ -208,6 +208,8 @@ def test_scanned_layers_round_as_unrolled_ones_do():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_step_repeats_bit_for_bit_and_its_rounding_is_drawn_anew_each_step():
     step, state = start("none", "layers/*/ffn/up quartet", depth=2, scan="never")
     first, again = step(state, batch_of(), KEY)[0], step(state, batch_of(), KEY)[0]

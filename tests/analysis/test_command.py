@@ -85,7 +85,6 @@ def test_everything_of_a_run(run_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_mistakes_end_in_one_sentence(run_folder, tmp_path):
     for arguments, words in (
         ((f"--run={run_folder}", "--what=sniks"), "Did you mean 'sinks'?"),

@@ -166,7 +166,6 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_run_is_converted_trained_and_used(base, tmp_path):
     c = config.from_json(config.to_json(base))
     c.model, c.train.num_steps = model_config(), 3

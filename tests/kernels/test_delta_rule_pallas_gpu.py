@@ -19,7 +19,7 @@ DATA = Path(__file__).parents[1] / "data"
 B, T, H, HV, K, V = 2, 77, 1, 2, 24, 40
 NOTHING_ELSE = dict(initial_state=None, segment_ids=None, chunk_size=None)
 NAMES = ("q", "k", "v", "beta", "g", "initial_state")
-CHANNELS = pytest.param("channel", marks=[pytest.mark.slow, pytest.mark.ci])
+CHANNELS = pytest.param("channel", marks=pytest.mark.slow)
 
 # Padding in front, between and behind, documents of one token (also with an id that came before), a
 # boundary on the edge of chunks (64), a document over two chunks.
@@ -113,7 +113,6 @@ def test_float32_equals_the_recurrence(kind, gate):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize(
     ("kind", "bound"),
     # What the rounding of factors that carry a decay or beta costs: their errors do not cancel in

@@ -82,7 +82,6 @@ def test_float32_equals_the_recurrence(kind, gate):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_without_decay_or_documents_or_a_state():
     inputs = make_inputs("random", "head")[:3]
     tpu = functools.partial(pallas_tpu.linear_attention, scale=K**-0.5, initial_state=None)

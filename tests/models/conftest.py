@@ -103,8 +103,8 @@ def _make(name: str) -> MixerUnderTest:
 
 IN_EVERY_RUN = ("attention_grouped", "gated_delta_net", "gla", "hgrn", "mamba2", "spark_attention")
 """A mixer of each family."""
-IN_CI = ("delta_net", "hgrn2", "kda", "latent_attention", "linear_attention", "retnet")
-"""A mixer of each other kind; further variants are left to `-m slow`."""
+IN_CI = ("delta_net", "kda", "latent_attention")
+"""Some of the other kinds; the rest is left to `-m slow`."""
 
 
 def _param(name: str):

@@ -287,7 +287,7 @@ FORMULAS = [
     *(linear_attention_taylor, mamba2, retnet),
 ]
 MORE = [attention_no_rope, attention_window, delta_net_relu, linear_attention_sum]
-SLOW = [pytest.mark.slow, pytest.mark.ci]
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,6 @@ def test_outputs_follow_the_published_formulas(formula, make_mixer):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize(
     "formula", [gated_delta_net, kda, kda_unbounded, mamba2], ids=lambda formula: formula.__name__
 )

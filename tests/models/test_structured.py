@@ -247,7 +247,6 @@ def test_factors_are_not_quantized():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_self_guided_training():
     """The first loss is that without guide; W fades out, drops from the program, and can be taken off;
     the support of sltrain stays."""

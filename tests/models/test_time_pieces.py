@@ -10,7 +10,7 @@ import pytest
 from effarch.kernels import gated_delta_rule, linear_attention
 from effarch.models.layers import time_pieces
 
-pytestmark = [pytest.mark.slow, pytest.mark.ci]
+pytestmark = pytest.mark.slow
 
 B, T, H, HV, K, V, PIECES = 2, 48, 1, 2, 5, 4, 6
 # Of pieces of 8 tokens: a document that ends with its piece, one that fills its piece and goes on after

@@ -197,7 +197,6 @@ def test_initial_parameters_do_not_depend_on_recipes():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_scanned_layers_round_as_unrolled_ones_do():
     """Stochastic rounding included, and under rematerialization."""
     results = {}

@@ -169,7 +169,6 @@ def test_dct_adamw_by_a_loop():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_dct_adamw_with_error_feedback_and_a_gap():
     options = dict(rank=3, error_feedback=True, update_gap=2)
     state = agree("dct_adamw", lambda: DctAdamw(3, 2, True), **options)

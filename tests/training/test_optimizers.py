@@ -260,7 +260,6 @@ def test_rules_scale_the_step_and_its_decay_as_the_formula_says():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.parametrize("kind", ALL)
 def test_scanned_and_unscanned_models_get_the_same_updates(kind):
     after = {

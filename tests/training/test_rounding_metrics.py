@@ -89,7 +89,6 @@ def test_observing_changes_no_result():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_run_records_and_draws_them(make_tiny, tmp_path):
     config = make_tiny()
     config.model.width = 32

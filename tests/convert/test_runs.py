@@ -81,7 +81,6 @@ def test_an_imported_model_is_a_run(published, base, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_adapters_are_trained_alone_and_merged(published, base, tmp_path):
     c = config.from_json(config.to_json(base))
     c.model.lora.rank, c.model.lora.alpha = 3, 6.0

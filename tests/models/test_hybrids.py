@@ -69,12 +69,8 @@ def test_pure_models_of_the_study_have_the_published_size(arg, millions):
     assert round(total / 1e6) == millions
 
 
-def _param(name):
-    in_ci = name == "gdn_h2"  # three quarters of a minute each
-    return pytest.param(name, marks=[pytest.mark.slow, *([pytest.mark.ci] if in_ci else [])])
-
-
-@pytest.mark.parametrize("name", [_param(name) for name in hybrids.MODELS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", hybrids.MODELS)
 def test_a_hybrid_trains_and_then_decodes_as_it_reads(name):
     """Prompts of 24 and 13 tokens, then one by one, through windows that have long been full."""
     c = hybrids.get_config(f"model={name}").model

@@ -58,7 +58,6 @@ def loss_and_grads(model, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_scanned_and_unrolled_are_equal():
     """But for the last bit: XLA fuses the two programs differently."""
     scanned = loss_and_grads(make(scan="always"), batch_of())

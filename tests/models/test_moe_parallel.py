@@ -185,7 +185,6 @@ def test_many_devices_equal_one(case):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_the_bytes_that_travel_are_those_counted():
     """Compiled collectives of four devices against `traffic`, and kinds of experts against 11.5."""
     run_on_eight_devices(COUNT)

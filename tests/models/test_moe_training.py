@@ -44,7 +44,6 @@ def one_step(accumulate, remat="none"):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_counts_bias_and_metrics_of_a_step():
     """4 rows of 6 tokens, 2 choices each: 48, in one micro-batch, in two, and with remat."""
     state, metrics = one_step(1)

@@ -7,7 +7,7 @@ import pytest
 from effarch.models.layers import quantizer
 from effarch.training import loop, restore, run_folder, setup, writers
 
-pytestmark = [pytest.mark.slow, pytest.mark.ci]
+pytestmark = pytest.mark.slow
 
 
 def train(config, folder):

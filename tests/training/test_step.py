@@ -161,7 +161,6 @@ def test_a_spike_of_the_gradient_is_skipped_once_the_usual_is_known():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_model_state_advances_by_aux_and_probes_and_the_optimizer_never_sees_it(monkeypatch):
     monkeypatch.setitem(ffns.KINDS, "watched", Watched)
     model = model_config("attention/watched + attention/glu")

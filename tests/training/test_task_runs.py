@@ -128,7 +128,6 @@ def test_every_task_is_shipped():
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_attention_learns_recall(tmp_path):
     c = shipped.get_config("task=mqar,mixer=attention")
     c.train.num_steps, c.eval.every_steps, c.checkpoint.every_steps = 250, 0, 0

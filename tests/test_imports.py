@@ -1,6 +1,7 @@
 """Imports run downward, and the package is the one in this checkout."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -24,6 +25,7 @@ LEVELS = [
 """Lowest first. A module belongs to its longest prefix and imports its own level's part or lower."""
 
 
+@functools.cache
 def modules() -> dict[str, pathlib.Path]:
     found = {}
     for top, prefix in (

@@ -64,7 +64,6 @@ def run_folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_everything_of_a_run(run_folder):
     done = call("effarch.analysis", f"--run={run_folder}", "--rows=3")
     assert done.returncode == 0, done.stderr

@@ -76,7 +76,10 @@ def test_a_run_learns_and_leaves_what_it_should(whole):
     assert "<svg" in (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_the_resumed_run_is_equal_bit_for_bit(
     whole, tiny, tmp_path, monkeypatch, number, code
 ):

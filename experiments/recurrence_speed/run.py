@@ -21,6 +21,7 @@ from effarch import experiment_record
 from effarch.kernels.delta_rule import api as delta_rule
 from effarch.kernels.linear_attention import api as linear_attention
 from effarch.kernels.vector_recurrence import api as vector_recurrence
+from effarch.training import freed_memory
 
 HERE = pathlib.Path(__file__).resolve().parent
 HEADS, K, V, CHANNELS = 2, 128, 128, 256
@@ -46,6 +47,7 @@ MIXERS = {
 
 
 def main() -> None:
+    freed_memory.keep()  # as effarch.train does
     comparison, scaling = {}, {}
     for name in MIXERS:
         calls = {backend: _call(name, 1, AT, backend) for backend in ("reference", "xla")}

@@ -13,7 +13,7 @@ from effarch.kernels.vector_recurrence import xla
 
 DATA = Path(__file__).parents[1] / "data"
 BACKENDS = ["reference", "xla"]
-B, T, D = 2, 150, 5  # three pieces of the xla backend, the last one filled up
+B, T, D = 2, 150, 5  # three pieces on accelerators, the last one filled up
 
 # Padding in front, between and behind, documents of one token, a boundary between pieces (64).
 SEGMENTS = np.array(
@@ -92,12 +92,12 @@ def test_values_equal_loops_and_gradients_equal_the_recurrence(float64):
     assert all(np.all(np.asarray(gradient)[padding] == 0) for gradient in actual[1][:2])
 
 
-def test_long_rows_go_from_stretch_to_stretch(float64, monkeypatch):
-    inputs = make_inputs()
-    expected = forward_backward(*inputs, SEGMENTS)
-    monkeypatch.setattr(xla, "STRETCH", 64)  # three stretches of 50 tokens
-    fresh = jax.jit(lambda *inputs: forward_backward.__wrapped__(*inputs))
-    assert_close(fresh(*inputs, SEGMENTS), expected, 1e-13)
+def test_pieces_of_accelerators_equal_the_order_of_tokens(float64):
+    x, g, state = make_inputs()
+    ways = jax.jit(xla._in_pieces), jax.jit(xla._in_order)
+    in_pieces, in_order = (way(x, np.exp(g), state) for way in ways)
+    assert_close(in_pieces, in_order, 1e-13)
+    assert_close(in_order, by_loops(x, g, state, ONE_DOCUMENT)[0], 1e-13)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

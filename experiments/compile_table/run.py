@@ -14,6 +14,7 @@ import sys
 
 from effarch import experiment_record
 from effarch.aot import report
+from effarch.configs import hybrids
 from effarch.training import formatting
 
 HERE = pathlib.Path(__file__).resolve().parent

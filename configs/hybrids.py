@@ -6,8 +6,9 @@
 
 `study` is the hybrid study's grid, arXiv 2507.06457: `ratio` recurrent layers to one of full attention
 (24, 12, 6 or 3 there), 0 for none. A depth of 24 has then 1, 2, 3 or 6 layers of full attention, evenly
-placed; the study does not say where. The other patterns are those of their papers with dense
-feed-forwards and our widths and head sizes, so that what differs between two of them is the pattern.
+placed; the study does not say where. Gated DeltaNet has 21 layers for 24, as published, because its mixer
+has half as many parameters again: the budget is equal. The other patterns are those of their papers with
+dense feed-forwards and our widths and head sizes, so that what differs between two of them is the pattern.
 """
 
 import itertools
@@ -46,6 +47,8 @@ def get_config(arg=""):
     if model == "study":
         mixer = names.lookup({name: name for name in STUDIED}, switches["mixer"], "mixer")
         c.name = f"study-{mixer}-{switches['ratio']}-{size}"
+        if mixer == "gated_delta_net":
+            c.model.depth = c.model.depth * 7 // 8
         c.model.layers = _study(mixer, switches["ratio"], c.model.depth)
     elif model == "deltanet_global":
         c.model.layers = _two_global(c.model.depth)

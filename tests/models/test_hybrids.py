@@ -46,7 +46,7 @@ def test_softmax_stands_where_published(arg, softmax, recurrent, size):
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 6, 12, 24])
 def test_a_study_of_any_depth_has_attention(ratio):
-    tiny = kinds(hybrids.get_config(f"ratio={ratio}"))
+    tiny = kinds(hybrids.get_config(f"mixer=gla,ratio={ratio}"))
     assert len(tiny) == 8
     assert tiny.count("attention") == {1: 4, 2: 3, 3: 2}.get(ratio, 1)
     assert tiny[-1] == "attention" and tiny[0] != "attention"
@@ -59,6 +59,8 @@ def test_a_study_of_any_depth_has_attention(ratio):
         ("mixer=gla,size=340m", 374),
         ("mixer=hgrn,size=340m", 374),
         ("mixer=hgrn2,size=1.3b", 1364),
+        ("mixer=gated_delta_net,size=340m", 380),
+        ("mixer=gated_delta_net,size=1.3b", 1387),
         ("mixer=retnet,size=340m", 380),
         ("mixer=retnet,size=1.3b", 1352),
     ],

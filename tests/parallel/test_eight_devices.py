@@ -38,14 +38,14 @@ def compare(model: str, meshes: tuple[str, ...]) -> list[dict]:
     return found
 
 
-def check(found: list[dict], losses: float = 1e-4) -> None:
+def check(found: list[dict], gradient: float = 1e-5) -> None:
     for line in found:
         print(line)
         assert abs(line["fall"]) > 0.01, line  # the parameters move, so the steps mean something
         assert line["leaves"] > 10, line
         assert line["first_loss"] < 1e-5, line
-        assert line["gradient"] < 1e-5, line
-        assert line["losses"] < losses, line
+        assert line["gradient"] < gradient, line
+        assert line["losses"] < 1e-4, line
 
 
 @pytest.mark.slow
@@ -69,14 +69,15 @@ def test_every_pair_of_axes(model):
 
 
 MIXERS = ("gates", "decays", "channels")
+ROUNDING = 5e-5
+"""Of GLA's keys: another chunk size on one device moves their gradient by 6e-6 already."""
 
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MIXERS)
 def test_every_mixer_with_time_or_heads_cut(model):
-    # The rate is too high for some of these models: their steps magnify rounding.
-    check(compare(model, ("context=8", "tensor=8")), losses=1e-3)
+    check(compare(model, ("context=8", "tensor=8")), ROUNDING)
 
 
 @pytest.mark.multiprocess
@@ -85,4 +86,4 @@ def test_every_mixer_with_time_or_heads_cut(model):
 def test_every_mixer_with_time_cut_beside_another_axis(model):
     meshes = ("data=2,context=4", "context=2,tensor=4")
     meshes += ("context=8", "tensor=8") if model == "sparse" else ()
-    check(compare(model, meshes), losses=1e-3)
+    check(compare(model, meshes), ROUNDING)

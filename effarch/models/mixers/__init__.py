@@ -1,7 +1,9 @@
 """Sequence mixers by name. To add one: a file here and a line below.
 
 A mixer is `Mixer(width, *, options..., rngs)` with `(x, ctx, cache) -> (y, cache, aux)`,
-`init_cache(batch, length)` and `forward_flops(seq_len)` (per token, without its linear layers).
+`init_cache(batch, length)` and `forward_flops(seq_len)` (per token, without its linear layers). A
+recurrence counts as written, two for a multiply-add and one for a product: a state [K, V] costs 4 K V a
+token, 6 K V with a delta rule, and K V more with a decay, whatever form runs.
 """
 
 from effarch.models.mixers.attention import Attention

@@ -27,7 +27,7 @@ LARGE = (  # the shape of Llama 3 70B, arXiv 2407.21783, table 3
 )
 HYBRIDS = tuple(
     (f"hybrids:model={model},size={size}", target)
-    for size, target in (("340m", "v6e:4x4"), ("1.3b", "v5p:4x4x4"))
+    for size, target in (("340m --config.train.accumulate=4", "v6e:4x4"), ("1.3b", "v5p:4x4x4"))
     for model in hybrids.MODELS
 )
 ROWS = (  # config with overrides, target

@@ -30,7 +30,7 @@ LAYERS = {
     "sparse": "spark_attention/spark_ffn + attention/sparse_glu",
 }
 VOCAB, ROWS, LENGTH, STEPS = 64, 8, 64, 4
-RATE = 0.5
+RATE = 0.1
 
 
 def model_config(name):

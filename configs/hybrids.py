@@ -6,12 +6,11 @@
 
 `study` is the hybrid study's grid, arXiv 2507.06457: `ratio` recurrent layers to one of full attention
 (24, 12, 6 or 3 there), 0 for none. A depth of 24 has then 1, 2, 3 or 6 layers of full attention, evenly
-placed; the study does not say where. Gated DeltaNet has 21 layers for 24, as published, because its mixer
-has half as many parameters again: the budget is equal. The other patterns are those of their papers with
-dense feed-forwards and our widths and head sizes, so that what differs between two of them is the pattern.
+placed; the study does not say where. Gated DeltaNet has 21 layers for 24, as published, because its
+mixer has half as many parameters again: the budget is equal. The other patterns are those of their
+papers with dense feed-forwards and our widths and head sizes, so that what differs between two of them
+is the pattern.
 """
-
-import itertools
 
 from effarch import config, names
 from effarch.configs import machines, recipes
@@ -58,7 +57,7 @@ def get_config(arg=""):
 
 
 def _study(mixer: str, ratio: int, depth: int) -> str:
-    """Full attention ends each of nearly equal parts, of which there is at least one."""
+    """Full attention ends each of equal parts, at least one; what is over stands first."""
     if ratio < 0:
         raise ValueError(
             f"config argument ratio={ratio} must not be negative; 0 leaves attention out."
@@ -69,10 +68,9 @@ def _study(mixer: str, ratio: int, depth: int) -> str:
     count = min(max(1, round(depth / (ratio + 1))), depth // 2)
     if count == 1:
         return f"repeat: {layer}; last: attention/glu"
-    ends = [depth * part // count for part in range(count + 1)]
-    return " + ".join(
-        f"{stop - start - 1}*{layer} + attention/glu" for start, stop in itertools.pairwise(ends)
-    )
+    size, extra = divmod(depth, count)
+    first = f"first: {extra}*{layer}; " if extra else ""
+    return f"{first}repeat: {size - 1}*{layer} + attention/glu"
 
 
 def _two_global(depth: int) -> str:

@@ -1,14 +1,21 @@
-"""What an experiment's script leaves behind: figures as JSON, a table in its README.
+"""What an experiment's script leaves behind: results as JSON, figures, tables and text in its README.
 
 The README holds `<!-- table:NAME -->` and `<!-- end -->`; what lies between is written by the script,
 so that no number in it is typed by hand.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from effarch.scaling import statistics
 
 
 def write_json(path: str | os.PathLike, content: Mapping) -> None:
@@ -36,6 +43,61 @@ def write_text(readme: str | os.PathLike, name: str, text: str) -> None:
     if count != 1:
         raise ValueError(f"{path} needs one pair {start} ... {end}, it has {count}.")
     path.write_text(page)
+
+
+@contextlib.contextmanager
+def panels(
+    path: str | os.PathLike, columns: int = 1, *, size: tuple[float, float], **options
+) -> Iterator[plt.Axes | np.ndarray]:
+    """One axes, or as many beside each other, which are saved as PNG when the block ends.
+
+    `size` is in inches; `options` are those of `plt.subplots`.
+    """
+    matplotlib.use("Agg")
+    figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", **options)
+    yield axes
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def bar(panel: plt.Axes, across: float, values: np.ndarray, label: str) -> None:
+    """A point at the mean of the values, with a bar over their range."""
+    mean = values.mean()
+    ends = [[mean - values.min()], [values.max() - mean]]
+    panel.errorbar(across, mean, yerr=ends, fmt="o", capsize=3, label=label)
+
+
+def effort(rows: Sequence[Mapping]) -> str:
+    """How many runs, and how long they took."""
+    return f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 60:.0f} min in all."
+
+
+def interval(values: np.ndarray) -> str:
+    """Mean and 95 % interval over seeds; one value alone, nothing of none."""
+    if len(values) < 2:
+        return f"{values[0]:+.4f}" if len(values) else ""
+    found = statistics.over_seeds(values)
+    return f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+
+
+def judged(found: statistics.Interval, most: float = 0.0) -> str:
+    """Whether a claim holds that the mean is at most `most`."""
+    if found.high <= most:
+        return "holds"
+    return "fails" if found.low > most else "is not decided by these seeds"
+
+
+def claim(text: str, values: np.ndarray, mean: str, *, most: float = 0.0) -> str:
+    """A sentence: the claim that the mean is at most `most`, whether it holds, and the evidence.
+
+    `mean` says what the values are around a format of numbers, as in "loss {:+.2%}".
+    """
+    found = statistics.over_seeds(values)
+    form = re.search(r"\{.*?\}", mean)[0]
+    low, high = form.format(found.low), form.format(found.high)
+    told = f"{mean.format(found.mean)}, 95 % interval {low} to {high}"
+    return f"*{text}* {judged(found, most)} ({told})."
 
 
 def _rounded(value):

@@ -1,6 +1,7 @@
 """The runs of an experiment: its flags, training what is not finished, reading what is.
 
-Each run is a `python -m effarch.train` in a folder of its own.
+Each run is a `python -m effarch.train` in a folder of its own. A *cell* is the fields that tell one run
+from the others, its seed among them; a *row* is a cell with the figures of its run.
 """
 
 import argparse
@@ -10,9 +11,13 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from effarch.training import run_folder
+import numpy as np
+from ml_collections import ConfigDict
+
+from effarch import config as config_lib
+from effarch.training import run_folder, writers
 
 
 def parser(text: str, *, runs: str, seeds: int) -> argparse.ArgumentParser:
@@ -26,6 +31,47 @@ def parser(text: str, *, runs: str, seeds: int) -> argparse.ArgumentParser:
     flags.add_argument("--steps", type=int, default=0, help="of a run; 0 is the config's")
     flags.add_argument("--write_only", action="store_true", help="train nothing")
     return flags
+
+
+def text_config(
+    name: str, *, learning_rate: float, warmup_steps: int, num_steps: int, batch: tuple[int, int]
+) -> ConfigDict:
+    """The default config for a short run on bytes of the Python standard library.
+
+    `batch` is rows and tokens a row. The rate falls to 0; nothing is kept on the way.
+    """
+    c = config_lib.default()
+    c.name = name
+    c.optimizer.learning_rate = learning_rate
+    c.optimizer.schedule.warmup_steps = warmup_steps
+    c.optimizer.schedule.final_fraction = 0.0
+    c.eval.every_steps = c.checkpoint.every_steps = 0
+    c.log.tensorboard = False
+    c.log.sample_prompts = ()
+    c.data.tokenizer, c.data.val_permille = "bytes", 20
+    c.data.batch_size, c.data.seq_len = batch
+    c.train.num_steps = num_steps
+    return c
+
+
+def flags(config: str | os.PathLike, seed: int, **switches) -> list[str]:
+    """Those of the training that a config, its switches and a seed describe."""
+    text = ",".join(f"{name}={value}" for name, value in switches.items())
+    return [f"--config={config}:{text}", f"--config.seed={seed}"]
+
+
+def finished(
+    cells: Mapping[str, Mapping],
+    training: Callable[..., Sequence[str]],
+    options: argparse.Namespace,
+) -> list[tuple[dict, pathlib.Path, dict]]:
+    """Trains what is missing, then (cell, folder, summary) of every run that is finished.
+
+    `cells` has them by the names of their folders in --runs; `training(**cell)` is a cell's flags.
+    """
+    runs = {options.runs / name: dict(cell) for name, cell in cells.items()}
+    summaries = collect({folder: training(**cell) for folder, cell in runs.items()}, options)
+    return [(runs[folder], folder, found) for folder, found in summaries.items()]
 
 
 def collect(
@@ -63,3 +109,47 @@ def summary(folder: pathlib.Path) -> dict | None:
     """What a finished run reached; None if it is not finished."""
     path = folder / run_folder.SUMMARY
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def last_means(folder: pathlib.Path, names: Sequence[str]) -> dict[str, float]:
+    """Of the training metrics that a run has, means over its last ten lines."""
+    last = writers.read_metrics(folder, "train")[-10:]
+    return {
+        name: float(np.mean([line[name] for line in last])) for name in names if name in last[0]
+    }
+
+
+def figures(rows: Sequence[Mapping], name: str, **cell) -> np.ndarray:
+    """A figure of the rows with these fields, in the order of their seeds."""
+    found = [row for row in rows if name in row and cell.items() <= row.items()]
+    return np.array([row[name] for row in sorted(found, key=lambda row: row["seed"])])
+
+
+def figures_by(rows: Sequence[Mapping], name: str, field: str) -> dict[str, np.ndarray]:
+    """Every value of a field -> a figure of its rows, in the order of their seeds."""
+    values = dict.fromkeys(row[field] for row in rows)
+    return {value: figures(rows, name, **{field: value}) for value in values}
+
+
+def paired(
+    rows: Sequence[Mapping], name: str, first: Mapping, second: Mapping
+) -> tuple[np.ndarray, np.ndarray]:
+    """A figure of two cells on the seeds that both have."""
+    both = [
+        {row["seed"]: row[name] for row in rows if cell.items() <= row.items()}
+        for cell in (first, second)
+    ]
+    seeds = sorted(both[0].keys() & both[1].keys())
+    return tuple(np.array([values[seed] for seed in seeds]) for values in both)
+
+
+def random_batch(rows: int, length: int, num_words: int) -> dict[str, np.ndarray]:
+    """A batch of random words, one document a row, for timing."""
+    tokens = np.random.default_rng(0).integers(0, num_words, (rows, length + 1), np.int32)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.ones((rows, length), np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "loss_weights": np.ones((rows, length), np.float32),
+    }

@@ -5,6 +5,8 @@ plain), `xla.py` (the fast jnp form, any device) and optional Pallas backends.
 """
 
 from effarch.kernels.attention.api import attention
+from effarch.kernels.block_matmul.api import block_matmul
+from effarch.kernels.coat.api import coat_adam
 from effarch.kernels.cross_entropy.api import linear_cross_entropy
 from effarch.kernels.delta_rule.api import gated_delta_rule, gated_delta_rule_step
 from effarch.kernels.grouped_matmul.api import grouped_matmul
@@ -24,6 +26,8 @@ from effarch.kernels.vector_recurrence.api import vector_recurrence
 __all__ = [
     "QuantizedArray",
     "attention",
+    "block_matmul",
+    "coat_adam",
     "exact_top_k",
     "gated_delta_rule",
     "gated_delta_rule_step",

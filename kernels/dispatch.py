@@ -46,6 +46,20 @@ def call(folder: str, op: str, backends: Sequence[str], backend: str | None, *ar
     raise AssertionError(f"{op}: the xla backend must support every case")
 
 
+def require(kind: str, interpret: bool) -> None:
+    """Raises `Unsupported` unless the program is one device's work on a `kind` ("gpu", "tpu").
+
+    For kernels that the layers use outside `shard_map`; `interpret` lets everything through.
+    """
+    if interpret:
+        return
+    if platform.current() != kind:
+        where = platform.current()
+        raise Unsupported(f"it runs on {kind.upper()}s, and this program is for {where}")
+    if not platform.is_one_device():
+        raise Unsupported("the program may be split over devices, and a kernel cannot be")
+
+
 def _load(folder: str, op: str, backend: str):
     module = importlib.import_module(f"effarch.kernels.{folder}.{backend}")
     return getattr(module, op)

@@ -13,11 +13,12 @@ import jax
 
 def align(arrays: Sequence[jax.Array | None]) -> list[jax.Array | None]:
     """The same arrays (None stays None), each varying over all axes that any of them varies over."""
-    union = frozenset().union(*(_axes(array) for array in arrays if array is not None))
-    return [array if array is None else _vary(array, union - _axes(array)) for array in arrays]
+    union = frozenset().union(*(axes(array) for array in arrays if array is not None))
+    return [array if array is None else _vary(array, union - axes(array)) for array in arrays]
 
 
-def _axes(array: jax.Array) -> frozenset[str]:
+def axes(array: jax.Array) -> frozenset[str]:
+    """The mesh axes over which an array varies; empty outside of a checked `jax.shard_map`."""
     kind = jax.typeof(array)
     manual = getattr(kind, "manual_axis_type", None)  # newer JAX; `vma` before
     return getattr(kind, "vma", frozenset()) if manual is None else manual.varying

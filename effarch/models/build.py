@@ -36,6 +36,37 @@ def model(
     """
     dtype, param_dtype = activation_dtype(config.dtype), DTYPES[config.param_dtype]
     shared = dict(init_std=config.init_std, dtype=dtype, param_dtype=param_dtype)
+    layers, runs = _stacks(config, quantization, shared, rngs)
+
+    def make_norm():
+        return norm.RMSNorm(config.width, eps=config.norm.eps, param_dtype=param_dtype)
+
+    head = None
+    if not config.tied_head:
+        sizes = (config.width, vocab_size)
+        head = linear.Linear(*sizes, axes=("embed", "vocab"), rngs=rngs, **shared)
+    built = language_model.LanguageModel(
+        embed=embedding.Embedding(
+            vocab_size, config.width, scale=config.embed_scale, rngs=rngs, **shared
+        ),
+        layers=layers,
+        runs=runs,
+        embed_norm=make_norm() if config.norm.embed else None,
+        final_norm=make_norm() if config.norm.placement != "post" else None,
+        head=head,
+        logit_scale=config.logit_scale,
+        logit_softcap=config.logit_softcap,
+        z_loss=config.z_loss,
+        unroll=unrolled(config.scan),
+        remat=config.remat,
+    )
+    depth_starts.apply(built, config.depth)
+    init_rules.apply(built, config.init_rules)
+    return built
+
+
+def _stacks(config, quantization, shared: dict, rngs: nnx.Rngs):
+    """The stacked blocks by name, and for each run the names that it takes in turn."""
     layers: dict[str, nnx.Module] = {}
     runs = []
     planned = layer_language.runs(config.layers, config.depth)
@@ -55,39 +86,16 @@ def model(
                     makers[layer], structured[number], config.structured
                 )
                 make = layer_recipes.with_quantizers(make, recipes[number], saved_group)
-                make = layer_adapters.with_adapters(make, adapted[number], config.lora, param_dtype)
+                make = layer_adapters.with_adapters(
+                    make, adapted[number], config.lora, shared["param_dtype"]
+                )
                 first = (part.start - run.start) // len(run.period)
                 part_keys = keys[position][first : first + part.repeats]
                 name = parameters.stack_name(number, len(part.period), part.repeats)
                 layers[name] = stack.stacked(make, part_keys)
                 names.append(name)
             runs.append(tuple(names))
-
-    def make_norm():
-        return norm.RMSNorm(config.width, eps=config.norm.eps, param_dtype=param_dtype)
-
-    head = None
-    if not config.tied_head:
-        sizes = (config.width, vocab_size)
-        head = linear.Linear(*sizes, axes=("embed", "vocab"), rngs=rngs, **shared)
-    built = language_model.LanguageModel(
-        embed=embedding.Embedding(
-            vocab_size, config.width, scale=config.embed_scale, rngs=rngs, **shared
-        ),
-        layers=layers,
-        runs=tuple(runs),
-        embed_norm=make_norm() if config.norm.embed else None,
-        final_norm=make_norm() if config.norm.placement != "post" else None,
-        head=head,
-        logit_scale=config.logit_scale,
-        logit_softcap=config.logit_softcap,
-        z_loss=config.z_loss,
-        unroll=unrolled(config.scan),
-        remat=config.remat,
-    )
-    depth_starts.apply(built, config.depth)
-    init_rules.apply(built, config.init_rules)
-    return built
+    return layers, tuple(runs)
 
 
 def abstract(config, *, vocab_size: int, quantization=None) -> language_model.LanguageModel:

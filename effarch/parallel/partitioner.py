@@ -39,12 +39,12 @@ def heard() -> Iterator[list[str]]:
                     print(line, file=sys.stderr)
 
 
-def left_whole(abstract: Any, shardings: Any, *, at_least: int = LARGE) -> dict[str, int]:
+def left_whole(abstract: Any, shardings: Any) -> dict[str, int]:
     """{path: bytes} of the large arrays that every device of the mesh holds whole."""
     found = {}
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     for (path, leaf), place in zip(leaves, jax.tree.leaves(shardings)):
         size = leaf.size * leaf.dtype.itemsize if hasattr(leaf.dtype, "itemsize") else 0
-        if size >= at_least and place.is_fully_replicated:
+        if size >= LARGE and place.is_fully_replicated:
             found[jax.tree_util.keystr(path, simple=True, separator="/")] = size
     return found

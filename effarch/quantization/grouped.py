@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effarch.kernels.grouped_matmul import api as grouped_matmul
-from effarch.kernels.hadamard import api as hadamard
 from effarch.kernels.quantize import api as quantize
 from effarch.quantization import estimators, products
 from effarch.quantization.recipes import Recipe
@@ -86,14 +85,20 @@ def _rounded(operand, x, axis, dtype, seed=None, signs=None):
     """Rounded values with their scales, in `dtype`."""
     if operand is None:
         return x.astype(dtype)
-    x = x.astype(jnp.float32)
-    if operand.rotate:
-        x = hadamard.hadamard(x, block_size=operand.rotate, axis=axis, signs=signs[operand.rotate])
+    rotation = (
+        quantize.Rotation(axis, operand.rotate, signs[operand.rotate]) if operand.rotate else None
+    )
     # Dimensions of a row [D] or of a matrix [D, F]; the first, rows or experts, is never shared.
     within = tuple(range(1, x.ndim))
     dims = {"block": axis, "tile": within, "tensor": within}[operand.spread]
     axes = quantize.blocked_axes(x.shape, operand.format, dims)
     values, block, tensor = quantize.scaled(
-        x, operand.format, axes, rounding=operand.rounding, seed=seed, headroom=operand.headroom
+        x,
+        operand.format,
+        axes,
+        rounding=operand.rounding,
+        seed=seed,
+        headroom=operand.headroom,
+        rotation=rotation,
     )
     return (quantize.rescale(values, block, axes) * tensor).astype(dtype)

@@ -25,8 +25,6 @@ from effarch.kernels.quantize import scales
 from effarch.kernels.quantize.formats import Format
 from effarch.quantization import native
 
-SPREADS = ("block", "tile", "tensor")
-
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
@@ -181,10 +179,13 @@ def _rounded(products, name, x, axis, dtype, seed=None, signs=None, amax=None) -
     if operand is None:
         return _Rounded(x.astype(dtype), None)
     fmt = operand.format
-    x = x.astype(jnp.float32)
-    if operand.rotate:
-        x = hadamard.hadamard(x, block_size=operand.rotate, axis=axis, signs=signs[operand.rotate])
+    rotation = (
+        quantize.Rotation(axis, operand.rotate, signs[operand.rotate]) if operand.rotate else None
+    )
     if amax is not None:
+        x = x.astype(jnp.float32)
+        if rotation is not None:
+            x = hadamard.hadamard(x, block_size=operand.rotate, axis=axis, signs=rotation.signs)
         scale, _ = scales.of_blocks(amax, fmt, 1.0)
         return _Rounded(
             rounding_lib.nearest(x / scale, fmt.element).astype(dtype), scale.reshape(1)
@@ -192,7 +193,13 @@ def _rounded(products, name, x, axis, dtype, seed=None, signs=None, amax=None) -
     dims = {"block": axis, "tile": (0, 1), "tensor": None}[operand.spread]
     axes = quantize.blocked_axes(x.shape, fmt, dims)
     values, block, tensor = quantize.scaled(
-        x, fmt, axes, rounding=operand.rounding, seed=seed, headroom=operand.headroom
+        x,
+        fmt,
+        axes,
+        rounding=operand.rounding,
+        seed=seed,
+        headroom=operand.headroom,
+        rotation=rotation,
     )
     if operand.scale_waits:
         return _Rounded(values.astype(dtype), (block * tensor).reshape(-1))

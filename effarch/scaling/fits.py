@@ -200,18 +200,17 @@ def leave_largest_out(
     table: tables.Table,
     options: Options | None = None,
     *,
-    by: str = "flops",
     within: float = 0.1,
     num_starts: int = 24,
 ) -> dict[str, float]:
     """How well a fit to the smaller runs predicts the largest ones.
 
-    The largest are the rows whose column `by` is within this share of its maximum. Returns the
-    number held out, the mean absolute error in percent of the output and, if the law has an
+    The largest are the rows whose FLOPs are within this share of the maximum. Returns the number
+    held out, the mean absolute error in percent of the output and, if the law has an
     irreducible loss E, in percent of output - E.
     """
-    size = names.lookup(table, by, "column")
-    held_out = size >= (1 - within) * size.max()
+    flops = names.lookup(table, "flops", "column")
+    held_out = flops >= (1 - within) * flops.max()
     fitted = fit(law, tables.take(table, ~held_out), options, num_starts=num_starts)
     largest = tables.take(table, held_out)
     error = np.abs(fitted.predict(largest) - largest[law.output])

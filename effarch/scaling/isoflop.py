@@ -138,7 +138,7 @@ def exponent_band(
 
 
 def envelope(
-    flops: np.ndarray, sizes: np.ndarray, losses: np.ndarray, *, points: int = 200
+    flops: np.ndarray, sizes: np.ndarray, losses: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The lowest loss that any training curve reaches, at log-spaced FLOPs: (flops, size, loss).
 
@@ -146,8 +146,8 @@ def envelope(
     are interpolated in ln C and ln L. Ends, where the smallest or largest size wins, are left out.
     """
     order = np.unique(sizes)
-    grid = np.geomspace(flops.min(), flops.max(), points)
-    curves = np.full((len(order), points), np.inf)
+    grid = np.geomspace(flops.min(), flops.max(), 200)
+    curves = np.full((len(order), len(grid)), np.inf)
     for row, size in enumerate(order):
         run = np.flatnonzero(sizes == size)
         run = run[np.argsort(flops[run])]

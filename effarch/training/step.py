@@ -49,10 +49,8 @@ def train_step(
         probes = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), plan.probes)
 
         def gradient(batch, key):
-            value, grads = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(
-                state.params, probes, state.model_state, batch, key, num_tokens
-            )
-            return value, grads
+            value_and_grads = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+            return value_and_grads(state.params, probes, state.model_state, batch, key, num_tokens)
 
         if accumulate == 1:
             (loss, (ce, aux)), (grads, probes) = gradient(batch, key)

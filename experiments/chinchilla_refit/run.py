@@ -5,8 +5,6 @@ Writes results/refit.json, figures/refit.png and the tables of README.md. Two mi
 
 import pathlib
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 
@@ -123,30 +121,33 @@ def _write_tables(results: dict) -> None:
 
 
 def _draw(refit: fits.Fit, refits: bootstrap.Bootstrap, runs: tables.Table) -> None:
-    matplotlib.use("Agg")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    points = left.scatter(
-        refit.predict(runs), runs["loss"], c=np.log10(runs["flops"]), s=9, cmap="viridis"
-    )
-    ends = [runs["loss"].min() * 0.98, runs["loss"].max() * 1.02]
-    left.plot(ends, ends, color="0.6", lw=0.8)
-    left.set(xlabel="predicted loss, nats per token", ylabel="measured", xscale="log", yscale="log")
-    figure.colorbar(points, ax=left, label="log10 FLOPs")
-    flops = np.geomspace(1e18, 1e25, 60)
-    ratios = []
-    for alpha, beta, A, B in zip(*(refits.values(n) for n in ("alpha", "beta", "A", "B"))):
-        size, tokens = allocation.optimum({"alpha": alpha, "beta": beta, "A": A, "B": B}, flops)
-        ratios.append(tokens / size)
-    right.fill_between(flops, *np.quantile(ratios, (0.025, 0.975), axis=0), alpha=0.25, lw=0)
-    for label, params in (("refit", refit.params), ("Hoffmann", published.CHINCHILLA["hoffmann"])):
-        size, tokens = allocation.optimum(params, flops)
-        right.plot(flops, tokens / size, label=label)
-    right.axhline(20, color="0.6", lw=0.8, ls="--", label="20 tokens a parameter")
-    right.set(xlabel="training FLOPs", ylabel="optimal tokens per parameter")
-    right.set(xscale="log", yscale="log")
-    right.legend(frameon=False)
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/refit.png", dpi=120)
+    path = HERE / "figures/refit.png"
+    with experiment_record.panels(path, 2, size=(10, 4)) as (left, right):
+        points = left.scatter(
+            refit.predict(runs), runs["loss"], c=np.log10(runs["flops"]), s=9, cmap="viridis"
+        )
+        ends = [runs["loss"].min() * 0.98, runs["loss"].max() * 1.02]
+        left.plot(ends, ends, color="0.6", lw=0.8)
+        left.set(
+            xlabel="predicted loss, nats per token", ylabel="measured", xscale="log", yscale="log"
+        )
+        left.figure.colorbar(points, ax=left, label="log10 FLOPs")
+        flops = np.geomspace(1e18, 1e25, 60)
+        ratios = []
+        for alpha, beta, A, B in zip(*(refits.values(n) for n in ("alpha", "beta", "A", "B"))):
+            size, tokens = allocation.optimum({"alpha": alpha, "beta": beta, "A": A, "B": B}, flops)
+            ratios.append(tokens / size)
+        right.fill_between(flops, *np.quantile(ratios, (0.025, 0.975), axis=0), alpha=0.25, lw=0)
+        for label, params in (
+            ("refit", refit.params),
+            ("Hoffmann", published.CHINCHILLA["hoffmann"]),
+        ):
+            size, tokens = allocation.optimum(params, flops)
+            right.plot(flops, tokens / size, label=label)
+        right.axhline(20, color="0.6", lw=0.8, ls="--", label="20 tokens a parameter")
+        right.set(xlabel="training FLOPs", ylabel="optimal tokens per parameter")
+        right.set(xscale="log", yscale="log")
+        right.legend(frameon=False)
 
 
 if __name__ == "__main__":

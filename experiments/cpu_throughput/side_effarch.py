@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import jax
-import numpy as np
 import shapes
 
-from effarch import config, config_check
+from effarch import config, config_check, experiment_runs
 from effarch.parallel import mesh as mesh_lib
 from effarch.training import freed_memory
 from effarch.training import setup as setup_lib
@@ -19,7 +18,8 @@ def build(case: shapes.Case) -> tuple[Callable[[], None], int]:
     freed_memory.keep()
     setup = _setup(case)
     state, step = setup.init(), setup.train_step()
-    batch, key = _batch(case), jax.random.key(0)
+    batch = experiment_runs.random_batch(case.rows, case.seq_len, shapes.VOCAB)
+    key = jax.random.key(0)
     options = {"state": state}
 
     def one() -> None:
@@ -48,15 +48,3 @@ def _setup(case: shapes.Case) -> setup_lib.Setup:
     c = config_check.finish(c, num_devices=1)
     mesh = mesh_lib.make(mesh_lib.resolve(c.mesh, 1))
     return setup_lib.on_mesh(c, mesh, vocab_size=shapes.VOCAB)
-
-
-def _batch(case: shapes.Case) -> dict[str, np.ndarray]:
-    shape = (case.rows, case.seq_len)
-    tokens = np.random.default_rng(0).integers(0, shapes.VOCAB, shape, dtype=np.int32)
-    return {
-        "inputs": tokens,
-        "targets": np.roll(tokens, -1, axis=1),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(case.seq_len, dtype=np.int32), shape),
-        "loss_weights": np.ones(shape, np.float32),
-    }

@@ -3,7 +3,7 @@
 python -m effarch.train --config=experiments/fp4_training/grid.py:recipe=quartet
 """
 
-from effarch import config, names
+from effarch import config, experiment_runs, names
 
 RECIPES = {
     "none": {},
@@ -19,8 +19,9 @@ RECIPES = {
 
 def get_config(arg=""):
     recipe = config.parse_arg(arg, recipe="none")["recipe"]
-    c = config.default()
-    c.name = recipe
+    c = experiment_runs.text_config(
+        recipe, learning_rate=4e-3, warmup_steps=80, num_steps=800, batch=(8, 256)
+    )
     c.model.width, c.model.depth, c.model.layers = 64, 2, "attention/glu"
     c.model.blocks.attention.num_heads = 2
     c.model.blocks.glu.hidden = 128
@@ -28,13 +29,5 @@ def get_config(arg=""):
     if recipe != "none":
         c.quantization[recipe].update(names.lookup(RECIPES, recipe, "recipe"))
         c.quantization.metrics_every = 200
-    c.data.tokenizer, c.data.val_permille = "bytes", 20
-    c.data.seq_len, c.data.batch_size, c.train.num_steps = 256, 8, 800
-    c.optimizer.learning_rate = 4e-3
-    c.optimizer.schedule.warmup_steps = 80
-    c.optimizer.schedule.final_fraction = 0.0
     c.eval.every_steps, c.eval.max_batches = 100, 8
-    c.checkpoint.every_steps = 0
-    c.log.tensorboard = False
-    c.log.sample_prompts = ()
     return c

@@ -7,8 +7,6 @@ Writes results/exponents.json, figures/exponents.png and the table of README.md.
 
 import pathlib
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from effarch import experiment_record
@@ -124,33 +122,29 @@ def _write_table(results: dict) -> None:
 
 
 def _draw(points: tables.Table, results: dict) -> None:
-    matplotlib.use("Agg")
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 4), layout="constrained", width_ratios=(3, 2)
-    )
-    steps = list(STEPS.items())
-    for label, (_, step) in (("Kaplan's setting", steps[0]), ("tuned, constant lr", steps[4])):
-        runs = tables.where(points, dataset="rw", **step)
-        found = isoflop.vertices(runs["flops"], runs["n"], runs["loss"], min_side=1)
-        law = isoflop.power_law(found.flops, found.size)
-        shown = left.plot(found.flops, found.size, "o", ms=4)
-        label = f"{label}: a = {law.exponent:.2f}"
-        left.plot(found.flops, law(found.flops), color=shown[0].get_color(), label=label)
-    left.set(xlabel="training FLOPs", ylabel="optimal parameters", xscale="log", yscale="log")
-    left.legend(frameon=False, fontsize=8)
-    rows = np.arange(len(results))
-    middle = np.array([r["parabola"] for r in results.values()])
-    ends = np.array([(r["parabola_low"], r["parabola_high"]) for r in results.values()]).T
-    errors = np.maximum(np.abs(ends - middle), 0)
-    right.errorbar(middle, rows, xerr=errors, fmt="o", ms=4, label="parabola")
-    right.plot([r["published"] for r in results.values()], rows, "x", label="published")
-    right.set_yticks(rows, [f"step {row + 1}" for row in rows])
-    right.invert_yaxis()
-    right.axvline(0.5, color="0.6", lw=0.8, ls="--")
-    right.set(xlabel="exponent a of N* = k C^a")
-    right.legend(frameon=False)
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/exponents.png", dpi=120)
+    path = HERE / "figures/exponents.png"
+    with experiment_record.panels(path, 2, size=(10, 4), width_ratios=(3, 2)) as (left, right):
+        steps = list(STEPS.items())
+        for label, (_, step) in (("Kaplan's setting", steps[0]), ("tuned, constant lr", steps[4])):
+            runs = tables.where(points, dataset="rw", **step)
+            found = isoflop.vertices(runs["flops"], runs["n"], runs["loss"], min_side=1)
+            law = isoflop.power_law(found.flops, found.size)
+            shown = left.plot(found.flops, found.size, "o", ms=4)
+            label = f"{label}: a = {law.exponent:.2f}"
+            left.plot(found.flops, law(found.flops), color=shown[0].get_color(), label=label)
+        left.set(xlabel="training FLOPs", ylabel="optimal parameters", xscale="log", yscale="log")
+        left.legend(frameon=False, fontsize=8)
+        rows = np.arange(len(results))
+        middle = np.array([r["parabola"] for r in results.values()])
+        ends = np.array([(r["parabola_low"], r["parabola_high"]) for r in results.values()]).T
+        errors = np.maximum(np.abs(ends - middle), 0)
+        right.errorbar(middle, rows, xerr=errors, fmt="o", ms=4, label="parabola")
+        right.plot([r["published"] for r in results.values()], rows, "x", label="published")
+        right.set_yticks(rows, [f"step {row + 1}" for row in rows])
+        right.invert_yaxis()
+        right.axvline(0.5, color="0.6", lw=0.8, ls="--")
+        right.set(xlabel="exponent a of N* = k C^a")
+        right.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ The width of an expert (of MoLE its rank as well, as in the paper) is the one th
 plain layer's forward FLOPs a token, or to its parameters.
 """
 
-from effarch import config, names
+from effarch import config, experiment_runs, names
 
 WIDTH, EXPERTS, TOP_K, HIDDEN = 96, 32, 4, 48
 KINDS = ("standard", "mole4", "mole8", "mole32", "latent_moe")
@@ -17,8 +17,9 @@ def get_config(arg=""):
     switches = config.parse_arg(arg, kind="standard", equal="flops")
     kind = names.lookup(dict(zip(KINDS, KINDS)), switches["kind"], "kind")
     equal = names.lookup(dict(zip(EQUAL, EQUAL)), switches["equal"], "equal")
-    c = config.default()
-    c.name = f"{kind}-{equal}"
+    c = experiment_runs.text_config(
+        f"{kind}-{equal}", learning_rate=2e-3, warmup_steps=30, num_steps=300, batch=(8, 256)
+    )
     c.model.width, c.model.depth = WIDTH, 3
     c.model.blocks.attention.update(num_heads=2, head_dim=48)
     hidden = min(range(4, 4 * HIDDEN), key=lambda f: abs(cost(kind, equal, f) - target(equal)))
@@ -32,14 +33,6 @@ def get_config(arg=""):
         c.model.layers = "attention/mole"
         size = int(kind.removeprefix("mole"))
         c.model.blocks.mole.update(num_experts=EXPERTS, top_k=TOP_K, hidden=hidden, group_size=size)
-    c.optimizer.learning_rate = 2e-3
-    c.optimizer.schedule.warmup_steps = 30
-    c.optimizer.schedule.final_fraction = 0.0
-    c.eval.every_steps = c.checkpoint.every_steps = 0
-    c.log.tensorboard = False
-    c.log.sample_prompts = ()
-    c.data.tokenizer, c.data.val_permille = "bytes", 20
-    c.data.seq_len, c.data.batch_size, c.train.num_steps = 256, 8, 300
     return c
 
 

@@ -6,12 +6,10 @@ Trains what is missing in --runs, then writes results/runs.json, figures/loss.pn
 README.md; --write_only trains nothing.
 """
 
-import json
+import functools
 import pathlib
 
 import grid
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from effarch import experiment_record, experiment_runs
@@ -25,21 +23,18 @@ FIGURES = ("val/loss", "params_non_embedding", "flops_active_no_head", "tokens",
 
 
 def main() -> None:
-    flags = experiment_runs.parser(__doc__, runs="runs/latent_experts", seeds=2)
-    options = flags.parse_args()
-    runs = {
-        options.runs / f"{kind}-{equal}-seed{seed}": (kind, equal, seed)
+    options = experiment_runs.parser(__doc__, runs="runs/latent_experts", seeds=2).parse_args()
+    cells = {
+        f"{kind}-{equal}-seed{seed}": {"kind": kind, "equal": equal, "seed": seed}
         for seed in range(options.seeds)
         for equal in grid.EQUAL
         for kind in grid.KINDS
         if (kind, equal) != (BASE, "params")  # the plain layer is the measure of both
     }
-    summaries = experiment_runs.collect(
-        {folder: _flags(*cell) for folder, cell in runs.items()}, options
-    )
+    training = functools.partial(experiment_runs.flags, HERE / "grid.py")
     found = [
-        dict(zip(("kind", "equal", "seed"), runs[folder])) | _figures(folder, summary)
-        for folder, summary in summaries.items()
+        cell | _figures(folder, summary)
+        for cell, folder, summary in experiment_runs.finished(cells, training, options)
     ]
     if found:
         experiment_record.write_json(HERE / "results/runs.json", {"runs": found})
@@ -47,26 +42,16 @@ def main() -> None:
         _draw(found)
 
 
-def _flags(kind: str, equal: str, seed: int) -> list[str]:
-    return [f"--config={HERE / 'grid.py'}:kind={kind},equal={equal}", f"--config.seed={seed}"]
-
-
 def _figures(folder: pathlib.Path, summary: dict) -> dict:
     """Of the summary and, over the last lines of metrics, the groups that a token touches."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    last = [json.loads(line) for line in lines if '"train"' in line][-10:]
-    measured = {
-        name: float(np.mean([line[name] for line in last]))
-        for name in ("metric/latent_groups", "metric/max_vio_window")
-        if name in last[0]
-    }
-    return {name: summary[name] for name in FIGURES if name in summary} | measured
+    names = ("metric/latent_groups", "metric/max_vio_window")
+    figures = {name: summary[name] for name in FIGURES if name in summary}
+    return figures | experiment_runs.last_means(folder, names)
 
 
 def _of(found: list[dict], kind: str, equal: str, name: str = "val/loss") -> np.ndarray:
     equal = "flops" if kind == BASE else equal
-    runs = [run for run in found if (run["kind"], run["equal"]) == (kind, equal)]
-    return np.array([run[name] for run in sorted(runs, key=lambda run: run["seed"]) if name in run])
+    return experiment_runs.figures(found, name, kind=kind, equal=equal)
 
 
 def _write(found: list[dict]) -> None:
@@ -94,8 +79,7 @@ def _write(found: list[dict]) -> None:
 
 
 def _verdict(found: list[dict]) -> str:
-    minutes = sum(run["seconds"] for run in found) / 60
-    start = f"{found[0]['tokens']:,} tokens a run, {len(found)} runs, {minutes:.0f} min in all. "
+    start = f"{found[0]['tokens']:,} tokens a run, {experiment_record.effort(found)} "
     cells = [(kind, equal) for equal in grid.EQUAL for kind in grid.KINDS]
     if min(len(_of(found, *cell)) for cell in cells) < 2:
         return start + "No verdict yet: two seeds of every cell are needed."
@@ -121,17 +105,15 @@ def _verdict(found: list[dict]) -> str:
 
 
 def _draw(found: list[dict]) -> None:
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
-    for panel, equal in zip(axes, grid.EQUAL):
-        for number, kind in enumerate(grid.KINDS):
-            loss = _of(found, kind, equal)
-            panel.plot([number] * len(loss), loss, "o", color=f"C{number}", alpha=0.6)
-        panel.set_xticks(range(len(grid.KINDS)), grid.KINDS, rotation=20)
-        panel.set(title=f"equal {equal}")
-    axes[0].set_ylabel("validation loss, nats per byte")
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/loss.png", dpi=120)
+    path = HERE / "figures/loss.png"
+    with experiment_record.panels(path, 2, size=(9, 3.6), sharey=True) as panels:
+        for panel, equal in zip(panels, grid.EQUAL):
+            for number, kind in enumerate(grid.KINDS):
+                loss = _of(found, kind, equal)
+                panel.plot([number] * len(loss), loss, "o", color=f"C{number}", alpha=0.6)
+            panel.set_xticks(range(len(grid.KINDS)), grid.KINDS, rotation=20)
+            panel.set(title=f"equal {equal}")
+        panels[0].set_ylabel("validation loss, nats per byte")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,10 @@ import pathlib
 import shutil
 
 import grid
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from effarch import experiment_record, experiment_runs
 from effarch.convert.moe_to_latent import layers, runs
-from effarch.scaling import statistics
 from effarch.training import evaluation, restore
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -31,8 +28,7 @@ SMALL = 0.005
 
 
 def main() -> None:
-    flags = experiment_runs.parser(__doc__, runs="runs/moe_conversion", seeds=3)
-    options = flags.parse_args()
+    options = experiment_runs.parser(__doc__, runs="runs/moe_conversion", seeds=3).parse_args()
     sources = {options.runs / f"standard-seed{seed}": seed for seed in range(options.seeds)}
     config = f"--config={HERE / 'grid.py'}"
     trained = experiment_runs.collect(
@@ -99,8 +95,7 @@ def _figures(folder: pathlib.Path, cell: tuple, summary: dict, trained: dict) ->
 
 
 def _of(found: list[dict], rank: int, fit: str, name: str) -> np.ndarray:
-    runs = [run for run in found if (run["rank"], run["fit"]) == (rank, fit)]
-    return np.array([run[name] for run in sorted(runs, key=lambda run: run["seed"])])
+    return experiment_runs.figures(found, name, rank=rank, fit=fit)
 
 
 def _write(found: list[dict]) -> None:
@@ -139,19 +134,9 @@ def _verdict(found: list[dict]) -> str:
     sentences = ["**Verdict.**"]
     for rank in RANKS:
         plain, fitted = (_of(found, rank, fit, "before") for fit in FITS)
-        difference = statistics.over_seeds(fitted - plain)
-        verdict = (
-            "holds"
-            if difference.high < 0
-            else "fails"
-            if difference.low > 0
-            else "is not decided by these seeds"
-        )
-        sentences.append(
-            f"*At rank {rank} a fit to outputs loses less than one to weights* {verdict} "
-            f"({difference.mean:+.4f} nats before tuning, 95 % interval {difference.low:+.4f} to "
-            f"{difference.high:+.4f})."
-        )
+        claim = f"At rank {rank} a fit to outputs loses less than one to weights"
+        told = "{:+.4f} nats before tuning"
+        sentences.append(experiment_record.claim(claim, fitted - plain, told))
         before, after = (
             (_of(found, rank, "outputs", name) - _of(found, rank, "outputs", "standard")).mean()
             for name in ("before", "after")
@@ -167,21 +152,19 @@ def _verdict(found: list[dict]) -> str:
 
 
 def _draw(found: list[dict]) -> None:
-    matplotlib.use("Agg")
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for number, (rank, fit) in enumerate((rank, fit) for rank in RANKS for fit in FITS):
-        gaps = [_of(found, rank, fit, name) for name in ("before", "after")]
-        if not len(gaps[0]):
-            continue
-        gaps = [values - _of(found, rank, fit, "standard") for values in gaps]
-        axis.plot([0, 1], gaps, marker="o", ms=4, color=f"C{number}", label=None)
-        axis.plot([], [], marker="o", ms=4, color=f"C{number}", label=f"rank {rank}, fit to {fit}")
-    axis.axhline(0, color="0.6", lw=1)
-    axis.set(xticks=[0, 1], xticklabels=["converted", f"tuned, {TUNED:.0%} of tokens"])
-    axis.set(ylabel="validation loss above the standard model, nats", xlim=(-0.2, 1.2))
-    axis.legend(frameon=False, fontsize=8)
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/gap.png", dpi=120)
+    with experiment_record.panels(HERE / "figures/gap.png", size=(6, 3.6)) as panel:
+        for number, (rank, fit) in enumerate((rank, fit) for rank in RANKS for fit in FITS):
+            gaps = [_of(found, rank, fit, name) for name in ("before", "after")]
+            if not len(gaps[0]):
+                continue
+            gaps = [values - _of(found, rank, fit, "standard") for values in gaps]
+            style = dict(marker="o", ms=4, color=f"C{number}")
+            panel.plot([0, 1], gaps, label=None, **style)
+            panel.plot([], [], label=f"rank {rank}, fit to {fit}", **style)
+        panel.axhline(0, color="0.6", lw=1)
+        panel.set(xticks=[0, 1], xticklabels=["converted", f"tuned, {TUNED:.0%} of tokens"])
+        panel.set(ylabel="validation loss above the standard model, nats", xlim=(-0.2, 1.2))
+        panel.legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":

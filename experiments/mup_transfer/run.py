@@ -6,8 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from effarch import experiment_record
@@ -39,7 +37,7 @@ def main() -> None:
         for kind in KINDS
     }
     experiment_record.write_json(flags.out / "results/rates.json", results)
-    _draw(curves, flags.out / "figures")
+    _draw(curves, flags.out / "figures/rates.png")
     _write_tables(best, flags.out / "README.md")
 
 
@@ -71,18 +69,15 @@ def optimum(points: list[tuple[float, float]]) -> tuple[float, float]:
     return float(rates[best]), float(losses[best])
 
 
-def _draw(curves: dict[str, Curves], folder: pathlib.Path) -> None:
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for axis, kind in zip(axes, KINDS):
-        for width, points in curves[kind].items():
-            axis.plot(*zip(*points), "o-", ms=3, label=f"width {width}")
-        axis.set(title=kind, xlabel="log2 learning rate")
-    lowest = min(loss for c in curves.values() for points in c.values() for _, loss in points)
-    axes[0].set(ylabel="validation loss, nats a byte", ylim=(lowest - 0.05, lowest + 1.0))
-    axes[0].legend(frameon=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "rates.png", dpi=120)
+def _draw(curves: dict[str, Curves], path: pathlib.Path) -> None:
+    with experiment_record.panels(path, 2, size=(9, 3.6), sharey=True) as panels:
+        for panel, kind in zip(panels, KINDS):
+            for width, points in curves[kind].items():
+                panel.plot(*zip(*points), "o-", ms=3, label=f"width {width}")
+            panel.set(title=kind, xlabel="log2 learning rate")
+        lowest = min(loss for c in curves.values() for points in c.values() for _, loss in points)
+        panels[0].set(ylabel="validation loss, nats a byte", ylim=(lowest - 0.05, lowest + 1.0))
+        panels[0].legend(frameon=False)
 
 
 def _write_tables(best: dict, readme: pathlib.Path) -> None:

@@ -3,7 +3,7 @@
 python -m effarch.train --config=experiments/optimizer_memory/grid.py:optimizer=coat
 """
 
-from effarch import config, names
+from effarch import config, experiment_runs, names
 
 RANK = 32
 OPTIMIZERS = {
@@ -21,19 +21,13 @@ OPTIMIZERS = {
 def get_config(arg=""):
     kind = config.parse_arg(arg, optimizer="adamw")["optimizer"]
     rate, options = names.lookup(OPTIMIZERS, kind, "optimizer")
-    c = config.default()
-    c.name = kind
+    c = experiment_runs.text_config(
+        kind, learning_rate=rate, warmup_steps=50, num_steps=500, batch=(8, 128)
+    )
     c.model.width, c.model.depth, c.model.layers = 128, 2, "attention/glu"
     c.model.blocks.attention.num_heads = 2
     c.model.blocks.glu.hidden = 256
-    c.data.tokenizer, c.data.val_permille = "bytes", 20
-    c.data.seq_len, c.data.batch_size, c.train.num_steps = 128, 8, 500
-    c.optimizer.kind, c.optimizer.learning_rate = kind, rate
+    c.optimizer.kind = kind
     c.optimizer[kind].update(options)
-    c.optimizer.schedule.warmup_steps = 50
-    c.optimizer.schedule.final_fraction = 0.0
     c.eval.every_steps, c.eval.max_batches = 100, 8
-    c.checkpoint.every_steps = 0
-    c.log.tensorboard = False
-    c.log.sample_prompts = ()
     return c

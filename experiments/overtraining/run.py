@@ -8,7 +8,6 @@ Writes results/predictions.json, figures/overtraining.png and the tables of READ
 import pathlib
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import scipy.optimize
 
@@ -135,30 +134,30 @@ def _write_tables(results: dict) -> None:
 
 
 def _draw(everything: tables.Table) -> None:
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
-    for axis, (key, name) in zip(axes, TRAIN_SETS.items()):
-        runs = tables.where(everything, train_set=key)
-        rows = _fitted_rows(runs)
-        found = fits.fit(laws.GADRE, tables.take(runs, rows), OPTIONS, num_starts=64)
-        for number, ratio in enumerate((1, 4, 16, 32)):
-            at = runs["chinchilla_mult"] == ratio
-            if not at.any():
-                continue
-            color = plt.cm.viridis(number / 3.5)
-            flops = 6 * runs["params"] * runs["tokens"]
-            axis.plot(flops[at & ~rows], runs["loss"][at & ~rows], "o", ms=4, color=color)
-            axis.plot(flops[at & rows], runs["loss"][at & rows], "s", ms=6, mfc="none", color=color)
-            grid = np.geomspace(1e16, 1e22, 40)
-            size = np.sqrt(grid / 6 / (TOKENS_PER_PARAM * ratio))
-            curve = {"params": size, "tokens": TOKENS_PER_PARAM * ratio * size}
-            label = f"M = {TOKENS_PER_PARAM * ratio}"
-            axis.plot(grid, found.predict(curve), color=color, lw=1, label=label)
-        axis.set(title=name, xlabel="training FLOPs", xscale="log", yscale="log")
-    axes[0].set(ylabel="C4 validation loss, nats per token")
-    axes[0].legend(frameon=False)
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/overtraining.png", dpi=120)
+    path = HERE / "figures/overtraining.png"
+    with experiment_record.panels(path, 3, size=(12, 4), sharey=True) as panels:
+        for panel, (key, name) in zip(panels, TRAIN_SETS.items()):
+            runs = tables.where(everything, train_set=key)
+            rows = _fitted_rows(runs)
+            found = fits.fit(laws.GADRE, tables.take(runs, rows), OPTIONS, num_starts=64)
+            for number, ratio in enumerate((1, 4, 16, 32)):
+                at = runs["chinchilla_mult"] == ratio
+                if not at.any():
+                    continue
+                color = matplotlib.colormaps["viridis"](number / 3.5)
+                flops = 6 * runs["params"] * runs["tokens"]
+                panel.plot(flops[at & ~rows], runs["loss"][at & ~rows], "o", ms=4, color=color)
+                panel.plot(
+                    flops[at & rows], runs["loss"][at & rows], "s", ms=6, mfc="none", color=color
+                )
+                grid = np.geomspace(1e16, 1e22, 40)
+                size = np.sqrt(grid / 6 / (TOKENS_PER_PARAM * ratio))
+                curve = {"params": size, "tokens": TOKENS_PER_PARAM * ratio * size}
+                label = f"M = {TOKENS_PER_PARAM * ratio}"
+                panel.plot(grid, found.predict(curve), color=color, lw=1, label=label)
+            panel.set(title=name, xlabel="training FLOPs", xscale="log", yscale="log")
+        panels[0].set(ylabel="C4 validation loss, nats per token")
+        panels[0].legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ Writes results/refit.json, figures/precision.png and the tables of README.md. Ha
 
 import pathlib
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from effarch import experiment_record
@@ -128,32 +126,30 @@ def _write_tables(results: dict) -> None:
 
 
 def _draw(results: dict, runs: tables.Table) -> None:
-    matplotlib.use("Agg")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    found, grid = results["quartet"], np.geomspace(6e8, 1e11, 60)
-    cells = {
-        "bf16": ("bf16", "bf16", 1.0, 1.0),
-        "QuEST forward": ("quest", "bf16", found["eff_N"], 1.0),
-        "stochastic backward": ("bf16", "sr", 1.0, found["eff_D"]),
-        "Quartet": ("quest", "sr", found["eff_N"], found["eff_D"]),
-    }
-    for index, (label, (forward, backward, eff_n, eff_d)) in enumerate(cells.items()):
-        rows = tables.where(runs, forward=forward, backward=backward)
-        left.plot(rows["tokens"], rows["loss"], "o", ms=3, color=f"C{index}", label=label)
-        for size in np.unique(rows["params"]):
-            line = {"params": np.full_like(grid, size * eff_n), "tokens": grid * eff_d}
-            loss = laws.QUARTET.predict(found["params"], line)
-            left.plot(grid, loss, color=f"C{index}", lw=0.7)
-    left.set(xlabel="tokens", ylabel="validation loss, nats per token", xscale="log")
-    left.legend(frameon=False)
-    bits = [int(name) for name in results["quest"] if name != "fp4"]
-    right.plot(bits, [results["quest"][str(b)] for b in bits], "o-", label="QuEST, integers")
-    right.plot([4], [results["quest"]["fp4"]], "s", label="QuEST, E2M1")
-    right.axhline(1, color="0.6", lw=0.8)
-    right.set(xlabel="bits of weights and activations", ylabel="eff_N", ylim=(0, 1.1))
-    right.legend(frameon=False)
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/precision.png", dpi=120)
+    path = HERE / "figures/precision.png"
+    with experiment_record.panels(path, 2, size=(10, 4)) as (left, right):
+        found, grid = results["quartet"], np.geomspace(6e8, 1e11, 60)
+        cells = {
+            "bf16": ("bf16", "bf16", 1.0, 1.0),
+            "QuEST forward": ("quest", "bf16", found["eff_N"], 1.0),
+            "stochastic backward": ("bf16", "sr", 1.0, found["eff_D"]),
+            "Quartet": ("quest", "sr", found["eff_N"], found["eff_D"]),
+        }
+        for index, (label, (forward, backward, eff_n, eff_d)) in enumerate(cells.items()):
+            rows = tables.where(runs, forward=forward, backward=backward)
+            left.plot(rows["tokens"], rows["loss"], "o", ms=3, color=f"C{index}", label=label)
+            for size in np.unique(rows["params"]):
+                line = {"params": np.full_like(grid, size * eff_n), "tokens": grid * eff_d}
+                loss = laws.QUARTET.predict(found["params"], line)
+                left.plot(grid, loss, color=f"C{index}", lw=0.7)
+        left.set(xlabel="tokens", ylabel="validation loss, nats per token", xscale="log")
+        left.legend(frameon=False)
+        bits = [int(name) for name in results["quest"] if name != "fp4"]
+        right.plot(bits, [results["quest"][str(b)] for b in bits], "o-", label="QuEST, integers")
+        right.plot([4], [results["quest"]["fp4"]], "s", label="QuEST, E2M1")
+        right.axhline(1, color="0.6", lw=0.8)
+        right.set(xlabel="bits of weights and activations", ylabel="eff_N", ylim=(0, 1.1))
+        right.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Trains the quickstart and its attention twin on three seeds and writes the tables of the README."""
 
+import functools
 import pathlib
 
 import numpy as np
@@ -14,24 +15,19 @@ WORST = 1.02
 
 
 def main() -> None:
-    flags = experiment_runs.parser(__doc__, runs="runs", seeds=3)
-    options = flags.parse_args()
-    cells = [(mixer, seed) for mixer in MIXERS for seed in range(options.seeds)]
-    runs = {options.runs / f"quickstart-{mixer}-seed{seed}": (mixer, seed) for mixer, seed in cells}
-    found = experiment_runs.collect(
-        {folder: _flags(*cell) for folder, cell in runs.items()}, options
-    )
+    options = experiment_runs.parser(__doc__, runs="runs", seeds=3).parse_args()
+    cells = {
+        f"quickstart-{mixer}-seed{seed}": {"mixer": mixer, "seed": seed}
+        for mixer in MIXERS
+        for seed in range(options.seeds)
+    }
+    training = functools.partial(experiment_runs.flags, "quickstart")
     results = {mixer: [] for mixer in MIXERS}
-    for folder, summary in found.items():
-        mixer, seed = runs[folder]
-        results[mixer].append({"seed": seed} | _figures(summary))
+    for cell, _, summary in experiment_runs.finished(cells, training, options):
+        results[cell["mixer"]].append({"seed": cell["seed"]} | _figures(summary))
     experiment_record.write_json(HERE / "results/runs.json", results)
     _write_runs(results)
     _write_verdict(results)
-
-
-def _flags(mixer: str, seed: int) -> list[str]:
-    return [f"--config=quickstart:mixer={mixer}", f"--config.seed={seed}"]
 
 
 def _figures(summary: dict) -> dict:

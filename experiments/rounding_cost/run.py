@@ -12,7 +12,7 @@ import time
 
 import jax
 
-from effarch import experiment_record
+from effarch import experiment_record, experiment_runs
 from effarch.configs import transformer
 from effarch.training import setup
 
@@ -55,12 +55,7 @@ def _step(recipe: str, dtype: str):
     config.model.dtype, config.model.depth, config.data.tokenizer = dtype, 2, "bytes"
     config.quantization.recipe = recipe
     plan = setup.prepare(config)
-    shape = (config.data.batch_size, config.data.seq_len)
-    tokens = jax.random.randint(jax.random.key(1), shape, 0, 256)
-    ones = jax.numpy.ones(shape, "int32")
-    places = jax.numpy.broadcast_to(jax.numpy.arange(shape[1], dtype="int32"), shape)
-    batch = dict(inputs=tokens, targets=tokens, segment_ids=ones, positions=places)
-    batch |= dict(loss_weights=ones.astype("float32"))
+    batch = experiment_runs.random_batch(config.data.batch_size, config.data.seq_len, 256)
     key, state = jax.random.key(0), plan.init()
     compiled = plan.train_step().lower(state, batch, key).compile()
     state, _ = compiled(state, batch, key)

@@ -7,7 +7,7 @@ schedule: the loss, and 8, then 4 experts a token in the first layer for 60 % of
 sparsification), and top1: the Top-1 loss of Sigma-MoE-Tiny, arXiv 2512.16248.
 """
 
-from effarch import config, names
+from effarch import config, experiment_runs, names
 
 BALANCES = {4: ("loss", "bias"), 1: ("loss", "bias", "schedule", "top1")}
 EXPERTS = 32
@@ -18,8 +18,9 @@ def get_config(arg=""):
     top_k, steps = switches["top_k"], switches["steps"]
     known = names.lookup({str(key): value for key, value in BALANCES.items()}, str(top_k), "top_k")
     balance = names.lookup(dict(zip(known, known)), switches["balance"], "balance")
-    c = config.default()
-    c.name = f"{balance}-{top_k}"
+    c = experiment_runs.text_config(
+        f"{balance}-{top_k}", learning_rate=2e-3, warmup_steps=30, num_steps=steps, batch=(8, 256)
+    )
     c.model.width, c.model.depth, c.model.layers = 96, 3, "attention/moe"
     c.model.blocks.attention.update(num_heads=2, head_dim=48)
     moe = c.model.blocks.moe
@@ -33,12 +34,4 @@ def get_config(arg=""):
         c.model.layers = "first: attention/moe_first; repeat: attention/moe"
         c.model.blocks.moe_first = moe.copy_and_resolve_references()
         c.model.blocks.moe_first.top_k_schedule = ((steps * 3 // 10, 8), (steps * 6 // 10, 4))
-    c.optimizer.learning_rate = 2e-3
-    c.optimizer.schedule.warmup_steps = 30
-    c.optimizer.schedule.final_fraction = 0.0
-    c.eval.every_steps = c.checkpoint.every_steps = 0
-    c.log.tensorboard = False
-    c.log.sample_prompts = ()
-    c.data.tokenizer, c.data.val_permille = "bytes", 20
-    c.data.seq_len, c.data.batch_size, c.train.num_steps = 256, 8, steps
     return c

@@ -6,12 +6,11 @@ Trains what is missing in --runs, then writes results/runs.json, figures/load.pn
 README.md; --write_only trains nothing.
 """
 
+import functools
 import json
 import pathlib
 
 import grid
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from effarch import experiment_record, experiment_runs
@@ -25,30 +24,23 @@ EVEN = 0.5
 
 
 def main() -> None:
-    flags = experiment_runs.parser(__doc__, runs="runs/router_balance", seeds=3)
-    options = flags.parse_args()
-    runs = {
-        options.runs / f"k{top_k}-{balance}-seed{seed}": (top_k, balance, seed)
+    options = experiment_runs.parser(__doc__, runs="runs/router_balance", seeds=3).parse_args()
+    cells = {
+        f"k{top_k}-{balance}-seed{seed}": {"top_k": top_k, "balance": balance, "seed": seed}
         for seed in range(options.seeds)
         for top_k, balance in CELLS
     }
-    steps, options.steps = options.steps, 0  # a schedule's steps are those of the run
-    summaries = experiment_runs.collect(
-        {folder: _flags(*cell, steps) for folder, cell in runs.items()}, options
-    )
+    switches = {"steps": options.steps} if options.steps else {}
+    options.steps = 0  # a schedule's steps are those of the run
+    training = functools.partial(experiment_runs.flags, HERE / "grid.py", **switches)
     found = [
-        dict(zip(("top_k", "balance", "seed"), runs[folder])) | _figures(folder, summary)
-        for folder, summary in summaries.items()
+        cell | _figures(folder, summary)
+        for cell, folder, summary in experiment_runs.finished(cells, training, options)
     ]
     if found:
         experiment_record.write_json(HERE / "results/runs.json", {"runs": found})
         _write(found)
         _draw(found)
-
-
-def _flags(top_k: int, balance: str, seed: int, steps: int) -> list[str]:
-    switches = f"top_k={top_k},balance={balance}" + (f",steps={steps}" if steps else "")
-    return [f"--config={HERE / 'grid.py'}:{switches}", f"--config.seed={seed}"]
 
 
 def _figures(folder: pathlib.Path, summary: dict) -> dict:
@@ -65,8 +57,7 @@ def _figures(folder: pathlib.Path, summary: dict) -> dict:
 
 
 def _of(found: list[dict], top_k: int, balance: str, name: str) -> np.ndarray:
-    runs = [run for run in found if (run["top_k"], run["balance"]) == (top_k, balance)]
-    return np.array([run[name] for run in sorted(runs, key=lambda run: run["seed"])])
+    return experiment_runs.figures(found, name, top_k=top_k, balance=balance)
 
 
 def _write(found: list[dict]) -> None:
@@ -94,8 +85,7 @@ def _write(found: list[dict]) -> None:
 
 
 def _verdict(found: list[dict]) -> str:
-    minutes = sum(run["seconds"] for run in found) / 60
-    start = f"{found[0]['tokens']:,} tokens a run, {len(found)} runs, {minutes:.0f} min in all. "
+    start = f"{found[0]['tokens']:,} tokens a run, {experiment_record.effort(found)} "
     if min(len(_of(found, *cell, "loss")) for cell in CELLS) < 2:
         return start + "No verdict yet: two seeds of every cell are needed."
     loss = {cell: _of(found, *cell, "loss") for cell in CELLS}
@@ -117,26 +107,21 @@ def _verdict(found: list[dict]) -> str:
 
 
 def _judged(max_vio: float, difference: statistics.Interval) -> str:
-    if max_vio >= EVEN or difference.low > 0:
-        return "fails"
-    return "holds" if difference.high <= 0 else "is not decided by these seeds"
+    return "fails" if max_vio >= EVEN else experiment_record.judged(difference)
 
 
 def _draw(found: list[dict]) -> None:
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     labels = [f"{balance}, {top_k}" for top_k, balance in CELLS]
-    for number, cell in enumerate(CELLS):
-        vio, loss = _of(found, *cell, "max_vio"), _of(found, *cell, "loss")
-        if len(loss):
-            axes[0].plot([number] * len(vio), vio[:, 0], "o", color=f"C{number}", alpha=0.6)
-            axes[1].plot([number] * len(loss), loss, "o", color=f"C{number}", alpha=0.6)
-    names = ("MaxVio of layer 0 over the last 100 steps", "validation loss, nats per byte")
-    for panel, name in zip(axes, names):
-        panel.set_xticks(range(len(CELLS)), labels, rotation=25)
-        panel.set(ylabel=name)
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/load.png", dpi=120)
+    with experiment_record.panels(HERE / "figures/load.png", 2, size=(9, 3.6)) as panels:
+        for number, cell in enumerate(CELLS):
+            vio, loss = _of(found, *cell, "max_vio"), _of(found, *cell, "loss")
+            if len(loss):
+                panels[0].plot([number] * len(vio), vio[:, 0], "o", color=f"C{number}", alpha=0.6)
+                panels[1].plot([number] * len(loss), loss, "o", color=f"C{number}", alpha=0.6)
+        names = ("MaxVio of layer 0 over the last 100 steps", "validation loss, nats per byte")
+        for panel, name in zip(panels, names):
+            panel.set_xticks(range(len(CELLS)), labels, rotation=25)
+            panel.set(ylabel=name)
 
 
 if __name__ == "__main__":

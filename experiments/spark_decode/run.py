@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from effarch import config_check, experiment_record
+from effarch import config_check, experiment_record, experiment_runs
 from effarch.configs import sparse
 from effarch.models import build, decoding
 from effarch.models.context import Context
@@ -126,26 +126,15 @@ def time_generation(num_tokens: int = 40) -> dict[str, float]:
 
 def time_training() -> dict[str, float]:
     """Milliseconds of a gradient of a small model: no selection, by threshold, by sorting."""
-    calls = {}
+    calls, batch = {}, experiment_runs.random_batch(4, 256, 1024)
     for name in ("none", "statistical", "exact"):
         c = sparse.get_config("ffn=topk")
         c.model.width, c.model.blocks.attention.num_heads = 256, 4
         c.model.blocks.sparse_glu.update(hidden=768, selection=name)
         model = build.model(config_check.finish(c).model, vocab_size=1024, rngs=nnx.Rngs(0))
         graphdef, state = nnx.split(model)
-        calls[name] = functools.partial(_gradient, graphdef, nnx.to_pure_dict(state), _batch())
+        calls[name] = functools.partial(_gradient, graphdef, nnx.to_pure_dict(state), batch)
     return _interleaved(calls)
-
-
-def _batch(rows: int = 4, length: int = 256) -> dict:
-    tokens = np.random.default_rng(0).integers(0, 1024, (rows, length + 1), np.int32)
-    return {
-        "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": np.ones((rows, length), np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        "loss_weights": np.ones((rows, length), np.float32),
-    }
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,25 +4,22 @@ Trains what is missing in the folder of runs, one after the other, then writes r
 figures/loss.png and the tables of README.md. An hour on one core; `--steps` makes it shorter.
 """
 
-import json
+import functools
 import pathlib
-
-import matplotlib
-import matplotlib.pyplot as plt
-import numpy as np
 
 from effarch import experiment_record, experiment_runs
 from effarch.scaling import statistics
 
 HERE = pathlib.Path(__file__).resolve().parent
 VARIANTS = {
-    "dense GeGLU": "ffn=glu",
-    "top-k of the gate, 8 %": "ffn=topk",
-    "Spark, 8 %": "ffn=spark",
-    "Spark, 25 %": "ffn=spark,fraction=0.25",
-    "Spark, 8 %, and Spark attention": "ffn=spark,mixer=spark",
+    "dense GeGLU": {"ffn": "glu"},
+    "top-k of the gate, 8 %": {"ffn": "topk"},
+    "Spark, 8 %": {"ffn": "spark"},
+    "Spark, 25 %": {"ffn": "spark", "fraction": 0.25},
+    "Spark, 8 %, and Spark attention": {"ffn": "spark", "mixer": "spark"},
 }
 BASELINE, UNSPLIT, SPARK, _, SPARK_BOTH = VARIANTS
+ACTIVE = "metric/active_fraction"
 FIGURES = ("val/loss", "params_total", "tokens", "flops_active", "flops_active_no_head")
 
 
@@ -30,61 +27,54 @@ def main() -> None:
     flags = experiment_runs.parser(__doc__, runs="runs/spark_ffn", seeds=3)
     flags.set_defaults(steps=350)
     options = flags.parse_args()
-    runs = {
-        options.runs / f"{_slug(switches)}-seed{seed}": (
-            name,
-            _flags(switches, seed, options.steps),
-        )
-        for name, switches in VARIANTS.items()
+    cells = {
+        f"{_slug(name)}-seed{seed}": {"variant": name, "seed": seed}
+        for name in VARIANTS
         for seed in range(options.seeds)
     }
-    summaries = experiment_runs.collect({folder: x for folder, (_, x) in runs.items()}, options)
-    found = {name: [] for name in VARIANTS}
-    for folder, summary in summaries.items():
-        found[runs[folder][0]].append(_figures(folder, summary))
-    experiment_record.write_json(HERE / "results/runs.json", found)
-    _write_runs(found)
-    _write_verdict(found)
-    _draw(found)
+    training = functools.partial(_flags, steps=options.steps)
+    found = [
+        cell | _figures(folder, summary)
+        for cell, folder, summary in experiment_runs.finished(cells, training, options)
+    ]
+    if found:
+        experiment_record.write_json(HERE / "results/runs.json", {"runs": found})
+        _write_runs(found)
+        _write_verdict(found)
+        _draw(found)
 
 
-def _slug(switches: str) -> str:
-    return switches.replace("=", "-").replace(",", "-")
+def _slug(variant: str) -> str:
+    return "-".join(f"{name}-{value}" for name, value in VARIANTS[variant].items())
 
 
-def _flags(switches: str, seed: int, steps: int) -> list[str]:
-    flags = [f"--config=sparse:{switches}", f"--config.seed={seed}"]
+def _flags(variant: str, seed: int, steps: int) -> list[str]:
+    flags = experiment_runs.flags("sparse", seed, **VARIANTS[variant])
     return [*flags, f"--config.optimizer.schedule.warmup_steps={min(50, steps // 4)}"]
 
 
 def _figures(folder: pathlib.Path, summary: dict) -> dict:
     """Loss, sizes and, over the last lines of metrics, the measured activity."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    last = [json.loads(line) for line in lines if '"train"' in line][-10:]
-    measured = {
-        name: float(np.mean([line[name] for line in last]))
-        for name in ("metric/active_fraction", "metric/attended_keys")
-        if name in last[0]
-    }
-    return {name: summary[name] for name in FIGURES} | measured
+    names = (ACTIVE, "metric/attended_keys")
+    sizes = {name: summary[name] for name in FIGURES}
+    return sizes | experiment_runs.last_means(folder, names)
 
 
-def _losses(found: dict, name: str) -> np.ndarray:
-    return np.array([run["val/loss"] for run in found[name]])
-
-
-def _write_runs(found: dict) -> None:
+def _write_runs(found: list[dict]) -> None:
     rows = []
-    for name, runs in found.items():
-        loss = statistics.over_seeds(_losses(found, name))
-        active = [run.get("metric/active_fraction", 1.0) for run in runs]
+    params, flops, without_head, active = (
+        experiment_runs.figures_by(found, name, "variant")
+        for name in ("params_total", "flops_active", "flops_active_no_head", ACTIVE)
+    )
+    for name, losses in experiment_runs.figures_by(found, "val/loss", "variant").items():
+        loss = statistics.over_seeds(losses)
         rows.append(
             [
                 name,
-                f"{runs[0]['params_total'] / 1e6:.2f} M",
-                f"{runs[0]['flops_active'] / 1e6:.2f} M",
-                f"{runs[0]['flops_active_no_head'] / 1e6:.2f} M",
-                f"{np.mean(active):.1%}",
+                f"{params[name][0] / 1e6:.2f} M",
+                f"{flops[name][0] / 1e6:.2f} M",
+                f"{without_head[name][0] / 1e6:.2f} M",
+                f"{active[name].mean() if len(active[name]) else 1:.1%}",
                 f"{loss.mean:.4f}",
                 f"{loss.low:.4f} to {loss.high:.4f}",
             ]
@@ -94,52 +84,31 @@ def _write_runs(found: dict) -> None:
     experiment_record.write_table(HERE / "README.md", "runs", header, rows)
 
 
-def _write_verdict(found: dict) -> None:
+def _write_verdict(found: list[dict]) -> None:
     """Differences are of runs with the same seed."""
-    tokens = found[BASELINE][0]["tokens"]
-    sentences = [f"After {tokens:,} tokens and {min(map(len, found.values()))} seeds:"]
-    for first, second, claim in (
-        (SPARK, BASELINE, "Spark within 2 % of the dense layer"),
-        (SPARK, UNSPLIT, "the predictor's split no worse than the same threshold without it"),
-        (SPARK_BOTH, SPARK, "Spark attention within 1 % of full attention"),
+    seeds = min(map(len, experiment_runs.figures_by(found, "tokens", "variant").values()))
+    sentences = [f"After {found[0]['tokens']:,} tokens and {seeds} seeds:"]
+    for first, second, most, claim in (
+        (SPARK, BASELINE, 0.02, "Spark within 2 % of the dense layer"),
+        (SPARK, UNSPLIT, 0.0, "the predictor's split no worse than the same threshold without it"),
+        (SPARK_BOTH, SPARK, 0.01, "Spark attention within 1 % of full attention"),
     ):
-        ratio = _losses(found, first) / _losses(found, second) - 1
-        interval = statistics.over_seeds(ratio)
-        most = {BASELINE: 0.02, UNSPLIT: 0.0, SPARK: 0.01}[second]
-        verdict = (
-            "holds"
-            if interval.high <= most
-            else "fails"
-            if interval.low > most
-            else "is not decided by these seeds"
+        loss, other = experiment_runs.paired(
+            found, "val/loss", {"variant": first}, {"variant": second}
         )
-        sentences.append(
-            f"*{claim}* {verdict} (loss {interval.mean:+.2%}, 95 % interval {interval.low:+.2%} to "
-            f"{interval.high:+.2%})."
-        )
+        text = experiment_record.claim(claim, loss / other - 1, "loss {:+.2%}", most=most)
+        sentences.append(text)
     experiment_record.write_text(HERE / "README.md", "verdict", " ".join(sentences))
 
 
-def _draw(found: dict) -> None:
-    matplotlib.use("Agg")
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, runs in found.items():
-        loss = _losses(found, name)
-        flops = runs[0]["flops_active_no_head"]
-        axis.errorbar(
-            flops,
-            loss.mean(),
-            yerr=[[loss.mean() - loss.min()], [loss.max() - loss.mean()]],
-            fmt="o",
-            capsize=3,
-            label=name,
-        )
-    axis.set(
-        xlabel="forward FLOPs in use a token, without the head", ylabel="validation loss, nats"
-    )
-    axis.legend(frameon=False, fontsize=8)
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/loss.png", dpi=120)
+def _draw(found: list[dict]) -> None:
+    flops = experiment_runs.figures_by(found, "flops_active_no_head", "variant")
+    with experiment_record.panels(HERE / "figures/loss.png", size=(6, 4)) as panel:
+        for name, loss in experiment_runs.figures_by(found, "val/loss", "variant").items():
+            experiment_record.bar(panel, flops[name][0], loss, name)
+        panel.set(xlabel="forward FLOPs in use a token, without the head")
+        panel.set(ylabel="validation loss, nats")
+        panel.legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":

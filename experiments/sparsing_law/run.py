@@ -5,13 +5,12 @@ writes results/runs.json, figures/ratio.png and the tables of README.md. Half an
 `--steps` makes it shorter (the checkpoints are a tenth of it apart).
 """
 
+import functools
 import json
 import pathlib
 import subprocess
 import sys
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from effarch import experiment_record, experiment_runs
@@ -28,26 +27,27 @@ def main() -> None:
     flags = experiment_runs.parser(__doc__, runs="runs/sparsing_law", seeds=3)
     flags.set_defaults(steps=STEPS)
     options = flags.parse_args()
-    runs = {
-        options.runs / f"{name}-seed{seed}": (name, _flags(name, seed, options.steps))
+    cells = {
+        f"{name}-seed{seed}": {"variant": name, "seed": seed}
         for seed in range(options.seeds)
         for name in VARIANTS
     }
-    summaries = experiment_runs.collect({folder: x for folder, (_, x) in runs.items()}, options)
+    training = functools.partial(_flags, steps=options.steps)
     found: dict[str, list] = {name: [] for name in VARIANTS}
-    for folder, summary in summaries.items():
+    for cell, folder, summary in experiment_runs.finished(cells, training, options):
         if not options.write_only:
             _measure(folder)
-        found[runs[folder][0]].append(_figures(folder, summary))
-    experiment_record.write_json(HERE / "results/runs.json", found)
-    _write_runs(found)
-    _write_verdict(found)
-    _draw(found)
+        found[cell["variant"]].append(_figures(folder, summary))
+    if all(found.values()):
+        experiment_record.write_json(HERE / "results/runs.json", found)
+        _write_runs(found)
+        _write_verdict(found)
+        _draw(found)
 
 
-def _flags(name: str, seed: int, steps: int) -> list[str]:
+def _flags(variant: str, seed: int, steps: int) -> list[str]:
     apart = max(steps // 10, 1)
-    flags = [*VARIANTS[name], f"--config.seed={seed}"]
+    flags = [*VARIANTS[variant], f"--config.seed={seed}"]
     flags += [f"--config.optimizer.schedule.warmup_steps={min(50, steps // 4)}"]
     return flags + [f"--config.checkpoint.{x}={apart}" for x in ("every_steps", "keep_period")]
 
@@ -111,12 +111,11 @@ def _write_verdict(found: dict) -> None:
     )
     sentences = []
     for claim, values, sign in claims:
-        interval = statistics.over_seeds(values)
-        low, high = sorted((sign * interval.low, sign * interval.high))
-        verdict = "holds" if low > 0 else "fails" if high < 0 else "is not decided by these seeds"
+        verdict = experiment_record.judged(statistics.over_seeds(-sign * values))
+        points = statistics.over_seeds(100 * values)
         sentences.append(
-            f"*{claim}* {verdict} ({100 * interval.mean:+.1f} points, 95 % interval "
-            f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f})."
+            f"*{claim}* {verdict} ({points.mean:+.1f} points, 95 % interval {points.low:+.1f} to "
+            f"{points.high:+.1f})."
         )
     ratio = statistics.over_seeds(loss["relu"][:pairs] / loss["silu"][:pairs] - 1)
     sentences.append(f"The loss of ReLU is {ratio.mean:+.2%} from that of SiLU.")
@@ -124,18 +123,14 @@ def _write_verdict(found: dict) -> None:
 
 
 def _draw(found: dict) -> None:
-    matplotlib.use("Agg")
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for index, (name, runs) in enumerate(found.items()):
-        for seed, run in enumerate(runs):
-            label = {"relu": "ReLU", "silu": "SiLU"}[name] if seed == 0 else None
-            axis.plot(
-                run["tokens"], run["active_ratio"], "o-", color=f"C{index}", label=label, ms=3
-            )
-    axis.set(xlabel="tokens", ylabel="active neurons, PPL-1 %", ylim=(0, None))
-    axis.legend(frameon=False)
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/ratio.png", dpi=120)
+    with experiment_record.panels(HERE / "figures/ratio.png", size=(6, 4)) as panel:
+        for index, (name, runs) in enumerate(found.items()):
+            for seed, run in enumerate(runs):
+                style = dict(color=f"C{index}", ms=3)
+                style["label"] = {"relu": "ReLU", "silu": "SiLU"}[name] if seed == 0 else None
+                panel.plot(run["tokens"], run["active_ratio"], "o-", **style)
+        panel.set(xlabel="tokens", ylabel="active neurons, PPL-1 %", ylim=(0, None))
+        panel.legend(frameon=False)
 
 
 if __name__ == "__main__":

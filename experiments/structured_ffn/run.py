@@ -4,11 +4,8 @@ Trains what is missing in the folder of runs, one after the other, then writes r
 figures/loss.png and the tables of README.md. 45 minutes on one core; `--steps` makes it shorter.
 """
 
+import functools
 import pathlib
-
-import matplotlib
-import matplotlib.pyplot as plt
-import numpy as np
 
 from effarch import experiment_record, experiment_runs
 from effarch.scaling import statistics
@@ -33,31 +30,31 @@ def main() -> None:
     flags = experiment_runs.parser(__doc__, runs="runs/structured_ffn", seeds=3)
     flags.set_defaults(steps=STEPS)
     options = flags.parse_args()
-    runs = {
-        options.runs / f"{_slug(name)}-seed{seed}": (name, _flags(name, seed, options.steps))
+    cells = {
+        f"{_slug(name)}-seed{seed}": {"variant": name, "seed": seed}
         for seed in range(options.seeds)
         for name in VARIANTS
     }
-    summaries = experiment_runs.collect({folder: x for folder, (_, x) in runs.items()}, options)
-    found: dict[str, list] = {name: [] for name in VARIANTS}
-    for folder, summary in summaries.items():
-        name = runs[folder][0]
-        found[name].append(_figures(name, summary))
-    found = {name: rows for name, rows in found.items() if rows}
-    experiment_record.write_json(HERE / "results/runs.json", found)
-    _write_runs(found)
-    _write_verdict(found)
-    _draw(found)
+    training = functools.partial(_flags, steps=options.steps)
+    found = [
+        cell | _figures(cell["variant"], summary)
+        for cell, _, summary in experiment_runs.finished(cells, training, options)
+    ]
+    if found:
+        experiment_record.write_json(HERE / "results/runs.json", {"runs": found})
+        _write_runs(found)
+        _write_verdict(found)
+        _draw(found)
 
 
 def _slug(name: str) -> str:
     return name.replace(" %", "").replace(",", "").replace(" ", "-")
 
 
-def _flags(name: str, seed: int, steps: int) -> list[str]:
-    form, options, is_guided = VARIANTS[name]
+def _flags(variant: str, seed: int, steps: int) -> list[str]:
+    form, options, is_guided = VARIANTS[variant]
     guided = steps // 2 if is_guided else 0
-    flags = [f"--config=sparse:ffn={form},guided={guided}", f"--config.seed={seed}"]
+    flags = experiment_runs.flags("sparse", seed, ffn=form, guided=guided)
     flags += [f"--config.optimizer.schedule.warmup_steps={min(50, steps // 4)}"]
     section = "mlp" if form == "mlp" else "structured_mlp"
     options = options | {"hidden": HIDDEN}
@@ -76,20 +73,20 @@ def _figures(name: str, summary: dict) -> dict:
     return found
 
 
-def _losses(found: dict, name: str) -> np.ndarray:
-    return np.array([run["val/loss"] for run in found[name]])
-
-
-def _write_runs(found: dict) -> None:
+def _write_runs(found: list[dict]) -> None:
     rows = []
-    for name, runs in found.items():
-        loss = statistics.over_seeds(_losses(found, name))
+    params, forward, flops = (
+        experiment_runs.figures_by(found, name, "variant")
+        for name in ("params_total", "flops_forward_no_head", "flops_model")
+    )
+    for name, losses in experiment_runs.figures_by(found, "val/loss", "variant").items():
+        loss = statistics.over_seeds(losses)
         rows.append(
             [
                 name,
-                f"{runs[0]['params_total'] / 1e6:.2f} M",
-                f"{runs[0]['flops_forward_no_head'] / 1e6:.2f} M",
-                f"{runs[0]['flops_model']:.2e}",
+                f"{params[name][0] / 1e6:.2f} M",
+                f"{forward[name][0] / 1e6:.2f} M",
+                f"{flops[name][0]:.2e}",
                 f"{loss.mean:.4f}",
                 f"{loss.low:.4f} to {loss.high:.4f}",
             ]
@@ -99,7 +96,7 @@ def _write_runs(found: dict) -> None:
     experiment_record.write_table(HERE / "README.md", "runs", header, rows)
 
 
-def _write_verdict(found: dict) -> None:
+def _write_verdict(found: list[dict]) -> None:
     """Differences are of runs with the same seed."""
     sentences = []
     for first, second, claim in (
@@ -107,38 +104,24 @@ def _write_verdict(found: dict) -> None:
         ("SLTrain, rank 32 and 3 %", "low rank 29 %", "SLTrain below low rank at equal rank"),
         ("low rank 29 %", "block shuffle 29 %", "low rank below block shuffle on text"),
     ):
-        if first not in found or second not in found:
-            continue
-        pairs = min(len(found[first]), len(found[second]))
-        ratio = _losses(found, first)[:pairs] / _losses(found, second)[:pairs] - 1
-        interval = statistics.over_seeds(ratio)
-        verdict = (
-            "holds"
-            if interval.high < 0
-            else "fails"
-            if interval.low > 0
-            else "is not decided by these seeds"
+        loss, other = experiment_runs.paired(
+            found, "val/loss", {"variant": first}, {"variant": second}
         )
-        sentences.append(
-            f"*{claim}* {verdict} (loss {interval.mean:+.2%}, 95 % interval {interval.low:+.2%} to "
-            f"{interval.high:+.2%})."
-        )
+        if len(loss):
+            sentences.append(experiment_record.claim(claim, loss / other - 1, "loss {:+.2%}"))
     experiment_record.write_text(HERE / "README.md", "verdict", " ".join(sentences))
 
 
-def _draw(found: dict) -> None:
-    matplotlib.use("Agg")
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
-    for name, runs in found.items():
-        loss = _losses(found, name)
-        ends = [[loss.mean() - loss.min()], [loss.max() - loss.mean()]]
-        for axis, key in zip(panels, ("params_total", "flops_model")):
-            axis.errorbar(runs[0][key], loss.mean(), yerr=ends, fmt="o", capsize=3, label=name)
-    panels[0].set(xlabel="parameters", ylabel="validation loss, nats")
-    panels[1].set(xlabel="FLOPs of training, guides included")
-    panels[1].legend(frameon=False, fontsize=7)
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/loss.png", dpi=120)
+def _draw(found: list[dict]) -> None:
+    path = HERE / "figures/loss.png"
+    losses = experiment_runs.figures_by(found, "val/loss", "variant")
+    with experiment_record.panels(path, 2, size=(9, 4), sharey=True) as panels:
+        for panel, figure in zip(panels, ("params_total", "flops_model")):
+            for name, across in experiment_runs.figures_by(found, figure, "variant").items():
+                experiment_record.bar(panel, across[0], losses[name], name)
+        panels[0].set(xlabel="parameters", ylabel="validation loss, nats")
+        panels[1].set(xlabel="FLOPs of training, guides included")
+        panels[1].legend(frameon=False, fontsize=7)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ import statistics
 import time
 
 import jax
-import numpy as np
 
-from effarch import config, config_check, experiment_record
+from effarch import config, config_check, experiment_record, experiment_runs
 from effarch.parallel import mesh as mesh_lib
 from effarch.training import setup
 
@@ -62,11 +61,7 @@ class _Run:
         mesh = mesh_lib.make(mesh_lib.resolve(checked.mesh, jax.device_count()))
         plan = setup.on_mesh(checked, mesh, vocab_size=WORDS)
         self.state, self._step = plan.init(), plan.train_step()
-        tokens = np.random.default_rng(0).integers(0, WORDS, (8, 257)).astype(np.int32)
-        ones = np.ones((8, 256), np.int32)
-        self.batch = dict(inputs=tokens[:, :-1], targets=tokens[:, 1:], segment_ids=ones)
-        self.batch |= dict(positions=np.broadcast_to(np.arange(256, dtype=np.int32), (8, 256)))
-        self.batch |= dict(loss_weights=ones.astype(np.float32))
+        self.batch = experiment_runs.random_batch(8, 256, WORDS)
         self.key = jax.random.key(0)
 
     def step(self) -> float:

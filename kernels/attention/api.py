@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from effarch.kernels import dispatch
 
-BACKENDS = ("xla", "reference")
+BACKENDS = ("xla", "reference", "pallas_tpu", "pallas_gpu")
 
 
 def attention(
@@ -44,7 +44,9 @@ def attention(
     inputs' dtype; sums, softmax and its statistics are float32.
 
     The training path (no positions) has its own backward: reverse mode only; `backend="reference"`
-    also does forward mode and second derivatives. Raises ValueError for arguments that do not fit.
+    also does forward mode and second derivatives. "pallas_tpu" (JAX's Splash) and "pallas_gpu", chosen
+    by themselves, take bfloat16 and no positions; xla does the rest. Raises ValueError for arguments
+    that do not fit.
     """
     if segment_ids is not None and kv_segment_ids is None:
         if q.shape[1] != k.shape[1]:

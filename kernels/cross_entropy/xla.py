@@ -5,6 +5,9 @@ are computed once and never kept: what the backward gets are dx (in x's dtype) a
 for a cotangent of 1, which it multiplies. Chunks run along time and leave the batch whole, so a
 sharded batch stays sharded. Without differentiation no gradient is computed.
 
+Also the form for accelerators: Tokamax 0.0.17 (linear_softmax_cross_entropy_loss) has a kernel for TPUs
+only, without soft-cap and z-loss, and gives neither the log-sum-exp nor the largest logit of a token.
+
 Legend: C = time steps of the chunk.
 """
 

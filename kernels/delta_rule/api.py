@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from effarch.kernels import dispatch, recurrent_arguments
-from effarch.kernels.delta_rule import step
 
 BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_tpu_precise", "pallas_gpu")
-AUTOMATIC = ("xla", "pallas_tpu")
-"""What backend=None may choose; "pallas_gpu" only by name until its gradient has been checked."""
+STEP_BACKENDS = ("xla", "pallas_tpu", "pallas_gpu")
 
 
 def gated_delta_rule(
@@ -42,10 +40,10 @@ def gated_delta_rule(
     The final state is the one after the row's last token that is not padding. It is float32
     (float64 for float64 inputs, which are computed in float64; all others in float32).
     chunk_size: tokens that the chunked backends treat at once, None for the device's best.
-    backend: "xla", "reference" (also for forward-mode derivatives), "pallas_tpu" or None for the
-    fastest. On a TPU, bfloat16 inputs are multiplied in one pass (errors of 3e-3, or 2e-2 where keys
-    are alike; "pallas_tpu_precise": 7e-3); float32 inputs keep their digits there too. "pallas_gpu"
-    takes bfloat16 inputs and heads of at most 128; it is chosen by name only.
+    backend: "xla", "reference" (also for forward-mode derivatives), "pallas_tpu", "pallas_gpu" or None
+    for the fastest. The Pallas kernels multiply bfloat16 inputs in one pass (errors of 3e-3, or 2e-2
+    where keys are alike; "pallas_tpu_precise": 7e-3). On a TPU float32 inputs keep their digits;
+    "pallas_gpu" takes bfloat16 inputs and heads of at most 128, and leaves the rest to xla.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     g, initial_state, segment_ids = (
@@ -57,7 +55,7 @@ def gated_delta_rule(
     return dispatch.call(
         "delta_rule",
         "gated_delta_rule",
-        BACKENDS if backend else AUTOMATIC,
+        BACKENDS,
         backend,
         *(q, k, v, beta, g),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
@@ -76,14 +74,18 @@ def gated_delta_rule_step(
     g: jax.Array | None = None,
     *,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token, for decoding: o [B,HV,V] in v's dtype and the new state in the state's dtype.
 
     state [B,HV,K,V] float32; q, k [B,H,K]; v [B,HV,V]; beta [B,HV]; g None, [B,HV] or [B,HV,K].
+    backend: "xla", "pallas_tpu", "pallas_gpu" or None for the fastest; the Pallas kernels write the
+    new state over the old one where that is donated, and have no gradient.
     """
     state, q, k, v, beta = (jnp.asarray(x) for x in (state, q, k, v, beta))
     g = None if g is None else jnp.asarray(g)
     recurrent_arguments.check_token("gated_delta_rule_step", state, q, k, v, g, beta=beta)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, state = step.delta_step(state, q.astype(state.dtype), k, v, beta, g, scale)
-    return o.astype(v.dtype), state
+    name = "gated_delta_rule_step"
+    arrays = (state, q, k, v, beta, g)
+    return dispatch.call("delta_rule", name, STEP_BACKENDS, backend, *arrays, scale=scale)

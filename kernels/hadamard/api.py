@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from effarch.kernels import dispatch
 
-BACKENDS = ("reference", "xla")
+BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def hadamard(
@@ -28,6 +28,13 @@ def hadamard(
     block_size is a power of two that divides the dimension. Computed in float32.
     """
     x = jnp.asarray(x)
+    check(x, axis, block_size, signs)
+    axis %= x.ndim
+    return dispatch.call("hadamard", "hadamard", BACKENDS, backend, x, block_size, axis, signs)
+
+
+def check(x: jax.Array, axis: int, block_size: int, signs: jax.Array | None) -> None:
+    """Raises ValueError for arguments that do not fit."""
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"hadamard: axis={axis} is not a dimension of x {x.shape}.")
     if block_size < 1 or block_size & (block_size - 1):
@@ -44,8 +51,3 @@ def hadamard(
             f"hadamard: signs have shape {signs.shape}; give one for each of the {block_size} "
             "elements of a block."
         )
-    axis %= x.ndim
-    y = dispatch.call(
-        "hadamard", "hadamard", BACKENDS, backend, x.astype(jnp.float32), block_size, axis, signs
-    )
-    return y.astype(x.dtype)

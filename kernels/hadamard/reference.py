@@ -1,17 +1,15 @@
 """The Hadamard transform by its recursion: sums and differences of halves."""
 
-import math
-
 import jax.numpy as jnp
 
 
 def hadamard(x, block_size, axis, signs):
     """See `api.hadamard`."""
-    moved = jnp.moveaxis(x, axis, -1)
+    moved = jnp.moveaxis(x.astype(jnp.float32), axis, -1)
     blocks = moved.reshape(-1, block_size)
     blocks = blocks if signs is None else blocks * signs
-    y = _butterfly(blocks) / math.sqrt(block_size)
-    return jnp.moveaxis(y.reshape(moved.shape), -1, axis)
+    y = _butterfly(blocks) * block_size**-0.5
+    return jnp.moveaxis(y.reshape(moved.shape), -1, axis).astype(x.dtype)
 
 
 def _butterfly(x):

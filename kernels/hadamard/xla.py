@@ -9,7 +9,8 @@ import numpy as np
 
 def hadamard(x, block_size, axis, signs):
     """See `api.hadamard`."""
-    matrix = jnp.asarray(_matrix(block_size))
+    dtype, x = x.dtype, x.astype(jnp.float32)
+    matrix = jnp.asarray(sylvester(block_size) * np.float32(block_size**-0.5))
     if signs is not None:
         matrix = signs.astype(jnp.float32)[:, None] * matrix
     before, after = x.shape[:axis], x.shape[axis + 1 :]
@@ -19,13 +20,13 @@ def hadamard(x, block_size, axis, signs):
     else:
         rows = x.reshape(-1, block_size, int(np.prod(after)))
         y = jnp.einsum("nbk,bc->nck", rows, matrix, precision=exact)
-    return y.reshape(*before, x.shape[axis], *after)
+    return y.reshape(*before, x.shape[axis], *after).astype(dtype)
 
 
 @functools.cache
-def _matrix(size: int) -> np.ndarray:
-    """Sylvester's matrix, orthonormal."""
-    matrix = np.ones((1, 1))
+def sylvester(size: int) -> np.ndarray:
+    """The matrix of 1 and -1, float32."""
+    matrix = np.ones((1, 1), np.float32)
     while len(matrix) < size:
-        matrix = np.kron([[1, 1], [1, -1]], matrix)
-    return (matrix / np.sqrt(size)).astype(np.float32)
+        matrix = np.kron(np.float32([[1, 1], [1, -1]]), matrix)
+    return matrix

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from effarch.kernels import dispatch, recurrent_arguments
-from effarch.kernels.linear_attention import step
 
 BACKENDS = ("reference", "xla", "pallas_tpu")
+STEP_BACKENDS = ("xla", "pallas_tpu", "pallas_gpu")
 
 
 def linear_attention(
@@ -74,10 +74,13 @@ def linear_attention_step(
     g: jax.Array | None = None,
     *,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token, for decoding: o [B,HV,V] in v's dtype and the new state in the state's dtype.
 
     state [B,HV,K,V] float32; q, k [B,H,K]; v [B,HV,V]; g None, [HV], [B,HV] or [B,HV,K].
+    backend: "xla", "pallas_tpu", "pallas_gpu" or None for the fastest; the Pallas kernels write the
+    new state over the old one where that is donated, and have no gradient.
     """
     state, q, k, v = (jnp.asarray(x) for x in (state, q, k, v))
     g = None if g is None else jnp.asarray(g)
@@ -86,5 +89,6 @@ def linear_attention_step(
         g = jnp.broadcast_to(g, v.shape[:2])
     recurrent_arguments.check_token("linear_attention_step", state, q, k, v, g)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, state = step.linear_step(state, q.astype(state.dtype), k, v, g, scale=scale)
-    return o.astype(v.dtype), state
+    name = "linear_attention_step"
+    arrays = (state, q, k, v, g)
+    return dispatch.call("linear_attention", name, STEP_BACKENDS, backend, *arrays, scale=scale)

@@ -7,18 +7,28 @@ See `formats` for the formats and their scales, `rounding` for ties and stochast
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from effarch.kernels import dispatch
+from effarch.kernels.hadamard import api as hadamard
 from effarch.kernels.quantize import formats
 from effarch.kernels.quantize import rounding as rounding_lib
 from effarch.kernels.quantize.formats import Format
 
-BACKENDS = ("reference", "xla")
+BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 ROUNDINGS = ("nearest", "stochastic")
 _SCALE_DTYPES = {"float32": "float32", "e8m0": "float8_e8m0fnu", "e4m3": "float8_e4m3fn"}
+
+
+class Rotation(NamedTuple):
+    """A transform before rounding, in one pass with it where there is a kernel; see `hadamard`."""
+
+    axis: int
+    block_size: int
+    signs: jax.Array | None = None
 
 
 @functools.partial(
@@ -56,6 +66,8 @@ def quantize(
     ties: str = "even",
     key: jax.Array | None = None,
     headroom: bool | None = None,
+    rotate: int = 0,
+    signs: jax.Array | None = None,
     backend: str | None = None,
 ) -> QuantizedArray:
     """Rounds x to a format, by name ("mxfp4") or as a Format; any floating dtype, float32 inside.
@@ -68,14 +80,25 @@ def quantize(
       unbiased.
     headroom: shrink x in its blocks so that nothing clips (see Format.headroom); None: only for
       stochastic rounding.
+    rotate: block size of a Hadamard transform of x along `axis`, which must then be one dimension; 0
+      is none. `signs` [rotate] multiply x first (`kernels.hadamard`).
     Infinities saturate; a NaN makes its block NaN.
     """
     fmt = formats.find(format)
     axes = blocked_axes(x.shape, fmt, axis, block_size)
     _check(rounding, ties, key)
+    rotation = _rotation(x, axis, rotate, signs)
     seed = jax.random.bits(key, (2,), jnp.uint32) if rounding == "stochastic" else None
     values, scales, tensor_scale = scaled(
-        x, fmt, axes, rounding=rounding, ties=ties, seed=seed, headroom=headroom, backend=backend
+        x,
+        fmt,
+        axes,
+        rounding=rounding,
+        ties=ties,
+        seed=seed,
+        headroom=headroom,
+        rotation=rotation,
+        backend=backend,
     )
     return QuantizedArray(
         formats.encode(values, fmt.element),
@@ -95,21 +118,21 @@ def scaled(
     ties: str = "even",
     seed: jax.Array | None = None,
     headroom: bool | None = None,
+    rotation: Rotation | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(values on the element's grid, block scales, tensor scale), all float32: `quantize` uncoded.
 
-    `seed`: two uint32 words for stochastic rounding.
+    `seed`: two uint32 words for stochastic rounding; the same noise on every backend.
     """
-    noise = None
-    if rounding == "stochastic":
-        noise = split(rounding_lib.uniform(seed, x.shape), axes)[0]
-    shrink = fmt.headroom if headroom or (headroom is None and noise is not None) else 1.0
-    blocks, within = split(x.astype(jnp.float32), axes)
-    values, scales, tensor = dispatch.call(
-        "quantize", "quantize", BACKENDS, backend, blocks, fmt, within, shrink, ties, noise
+    seed = seed if rounding == "stochastic" else None
+    shrink = fmt.headroom if headroom or (headroom is None and seed is not None) else 1.0
+    if rotation is not None:
+        hadamard.check(x, rotation.axis, rotation.block_size, rotation.signs)
+        rotation = rotation._replace(axis=rotation.axis % x.ndim)
+    return dispatch.call(
+        "quantize", "quantize", BACKENDS, backend, x, fmt, axes, shrink, ties, seed, rotation
     )
-    return values.reshape(x.shape), jnp.squeeze(scales, within), tensor
 
 
 def rescale(values: jax.Array, scales: jax.Array, axes: tuple[tuple[int, int], ...]) -> jax.Array:
@@ -154,6 +177,16 @@ def blocked_axes(
             )
         found.append((dim, size))
     return tuple(found)
+
+
+def _rotation(x, axis, block_size: int, signs) -> Rotation | None:
+    if not block_size:
+        return None
+    if not isinstance(axis, int):
+        raise ValueError(
+            f"quantize: rotate={block_size} needs one dimension to transform; axis={axis} is not one."
+        )
+    return Rotation(axis, block_size, signs)
 
 
 def _check(rounding: str, ties: str, key) -> None:

@@ -2,14 +2,22 @@
 
 import jax.numpy as jnp
 
+from effarch.kernels.hadamard import reference as hadamard
+from effarch.kernels.quantize import api, rounding
 from effarch.kernels.quantize.formats import ELEMENTS
 
 
-def quantize(blocks, fmt, within, shrink, ties, noise):
+def quantize(x, fmt, axes, shrink, ties, seed, rotation):
     """See `xla.quantize`."""
+    x = x.astype(jnp.float32)
+    if rotation is not None:
+        x = hadamard.hadamard(x, rotation.block_size, rotation.axis, rotation.signs)
+    noise = None if seed is None else api.split(rounding.uniform(seed, x.shape), axes)[0]
+    blocks, within = api.split(x, axes)
     amax = jnp.minimum(jnp.max(jnp.abs(blocks), axis=within, keepdims=True), 2.0**126)
     block, tensor = _scales(amax, fmt, shrink)
-    return _round(blocks / (block * tensor), fmt.element, ties, noise), block, tensor
+    values = _round(blocks / (block * tensor), fmt.element, ties, noise)
+    return values.reshape(x.shape), jnp.squeeze(block, within), tensor
 
 
 def _scales(amax, fmt, shrink):

@@ -6,6 +6,7 @@ log2 near one: exponents are read from the bits.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effarch.kernels.quantize import rounding
 from effarch.kernels.quantize.formats import ELEMENTS, Format
@@ -31,24 +32,34 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((clipped + 127) << 23, jnp.float32)
 
 
-def of_blocks(amax: jax.Array, fmt: Format, shrink: float) -> tuple[jax.Array, jax.Array]:
+def of_tensor(largest: jax.Array, fmt: Format) -> jax.Array:
+    """The tensor scale of a format with E4M3 scales, float32, from the largest magnitude of all."""
+    room = ELEMENTS["e4m3"].max * fmt.element.max
+    largest = jnp.minimum(largest, _LARGEST)
+    return jnp.where(largest > 0, jnp.maximum(largest / room, TINY), 1.0)
+
+
+def of_blocks(
+    amax: jax.Array, fmt: Format, shrink: float, tensor: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | np.float32]:
     """(block scale, tensor scale): x is about element * block scale * tensor scale.
 
-    `amax` holds each block's largest magnitude; `shrink` is 1 or the format's headroom. A block of
-    zeros has a scale that is not zero, and an infinite amax counts as the largest float32.
+    `amax` holds each block's largest magnitude; `shrink` is 1 or the format's headroom; `tensor` is
+    `of_tensor`'s if `amax` holds but a part of the blocks. A block of zeros has a scale that is not
+    zero, and an infinite amax counts as the largest float32.
     """
     amax = jnp.minimum(amax, _LARGEST)
-    one, largest = jnp.ones((), jnp.float32), fmt.element.max
+    largest = fmt.element.max
     if fmt.scale == "float32":
-        return jnp.where(amax > 0, jnp.maximum(amax / (largest * shrink), TINY), 1.0), one
+        scale = jnp.where(amax > 0, jnp.maximum(amax / (largest * shrink), TINY), 1.0)
+        return scale, np.float32(1)
     if fmt.scale == "e8m0":
         if fmt.scale_rounding == "floor":
             raw = exponent(jnp.maximum(amax, TINY)) - fmt.element.emax
         else:
             raw = exponent(jnp.maximum(amax / largest, TINY), fmt.scale_rounding)
-        return power_of_two(raw), one / shrink
+        return power_of_two(raw), np.float32(1 / shrink)
+    tensor = of_tensor(jnp.max(amax), fmt) if tensor is None else tensor
     top = ELEMENTS["e4m3"].max
-    whole = jnp.max(amax)
-    tensor = jnp.where(whole > 0, jnp.maximum(whole / (top * largest), TINY), 1.0)
     block = rounding.nearest(jnp.minimum(amax / (largest * shrink) / tensor, top), ELEMENTS["e4m3"])
     return jnp.where(block > 0, block, 1.0), tensor

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from effarch import names
-from effarch.kernels import gated_delta_rule, linear_attention
+from effarch.kernels import attention, gated_delta_rule, linear_attention, short_conv
+from effarch.kernels.report import whole_arrays
 
 OPS = {
     # name: (function, gate, folder of its sources)
@@ -18,8 +19,16 @@ OPS = {
     "kda": (gated_delta_rule, "channel", "delta_rule"),
     "ssd": (linear_attention, "head", "linear_attention"),
     "gla": (linear_attention, "channel", "linear_attention"),
+    "attention": (attention, None, "attention"),
+    "short_conv": (short_conv, None, "short_conv"),
+    **{op: (None, None, folder) for op, (_, folder) in whole_arrays.PROGRAMS.items()},
 }
-"""`ssd` and `gla`: additive states with a decay per head and per key channel (Mamba-2, GLA)."""
+"""`ssd` and `gla`: additive states with a decay per head and per key channel (Mamba-2, GLA).
+`attention` is causal, HV query heads on H key heads. `short_conv` has 4 taps and a SiLU on HV * V
+channels, so that a figure of it is that of V channels of a token."""
+
+RECURRENT = ("delta_rule", "gated_delta_rule", "kda", "ssd", "gla")
+TAPS = 4
 
 DTYPES = ("bfloat16", "float32")
 
@@ -87,7 +96,10 @@ def parse_spec(text: str) -> Spec:
 
 
 def arguments(case: Case, sharding) -> tuple:
-    """Shapes of q, k, v, g and, where the operation has it, beta; then state and segments if packed."""
+    """The shapes of the inputs; if packed, an initial state (of recurrences) and segments at the end.
+
+    Of recurrences q, k, v, beta of the delta rule, and g if it has one; of `short_conv` x and kernel.
+    """
     spec = case.spec
     _, gate, folder = OPS[case.op]
 
@@ -96,14 +108,38 @@ def arguments(case: Case, sharding) -> tuple:
 
     row, heads = (spec.B, spec.T), spec.value_heads
     keys = array(*row, spec.H, spec.K, dtype=spec.dtype)
-    found = [keys, keys, array(*row, heads, spec.V, dtype=spec.dtype)]
+    values = array(*row, heads, spec.V, dtype=spec.dtype)
+    segments = [array(*row, dtype=jnp.int32)] * spec.packed
+    if folder == "short_conv":
+        channels = heads * spec.V
+        x, kernel = (array(*shape, channels, dtype=spec.dtype) for shape in (row, (TAPS,)))
+        return x, kernel, *segments
+    if folder == "attention":
+        queries = array(*row, heads, spec.K, dtype=spec.dtype)
+        return queries, keys, array(*row, spec.H, spec.V, dtype=spec.dtype), *segments
+    found = [keys, keys, values]
     if folder == "delta_rule":
         found.append(array(*row, heads))
     if gate is not None:
         found.append(array(*row, heads, *[spec.K] * (gate == "channel")))
     if spec.packed:
-        found += [array(spec.B, heads, spec.K, spec.V), array(*row, dtype=jnp.int32)]
-    return tuple(found)
+        found.append(array(spec.B, heads, spec.K, spec.V))
+    return *found, *segments
+
+
+def _cotangents(case: Case, inputs: tuple) -> tuple:
+    """Shapes of what flows back to the outputs."""
+    spec, like = case.spec, inputs[0]
+
+    def array(*shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=like.sharding)
+
+    if case.op == "short_conv":  # its tail is for decoding
+        return (like,)
+    o = array(spec.B, spec.T, spec.value_heads, spec.V, dtype=like.dtype)
+    if case.op == "attention":
+        return (o,)
+    return o, array(spec.B, spec.value_heads, spec.K, spec.V, dtype=jnp.float32)
 
 
 def gate_index(case: Case) -> int | None:
@@ -116,29 +152,28 @@ def gate_index(case: Case) -> int | None:
 
 def program(case: Case, sharding) -> tuple:
     """(function, its arguments as shapes): the operation, or the operation and its gradients."""
-    spec, rule, inputs = case.spec, OPS[case.op][0], arguments(case, sharding)
-    num_rows = len(inputs) - 2 * spec.packed
-
-    def forward(*differentiated, segments=None):
-        initial = differentiated[num_rows] if spec.packed else None
-        options = dict(initial_state=initial, segment_ids=segments, backend=case.backend)
-        return rule(*differentiated[:num_rows], **options)
-
-    num_differentiated = num_rows + spec.packed
+    if case.op in whole_arrays.PROGRAMS:
+        return whole_arrays.program(case, sharding)
+    rule, packed, inputs = OPS[case.op][0], case.spec.packed, arguments(case, sharding)
+    has_state = packed and case.op in RECURRENT
+    num_differentiated = len(inputs) - packed
 
     def values(*inputs):
-        segments = inputs[-1] if spec.packed else None
-        return forward(*inputs[:num_differentiated], segments=segments)
-
-    def both(d_o, d_final, *inputs):
-        segments = inputs[-1] if spec.packed else None
-        outputs, pull = jax.vjp(
-            lambda *x: forward(*x, segments=segments), *inputs[:num_differentiated]
-        )
-        return outputs, pull((d_o, d_final))
+        options = dict(backend=case.backend, segment_ids=inputs[-1] if packed else None)
+        given = inputs[:num_differentiated]
+        if has_state:
+            *given, options["initial_state"] = given
+        found = rule(*given, **options)
+        return found if case.op in RECURRENT else (found,) if case.op == "attention" else found[:1]
 
     if not case.backward:
         return values, inputs
-    shape = (spec.B, spec.value_heads, spec.K, spec.V)
-    d_final = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-    return both, (inputs[2], d_final, *inputs)
+    cotangents = _cotangents(case, inputs)
+
+    def both(*arrays):
+        flowing, inputs = arrays[: len(cotangents)], arrays[len(cotangents) :]
+        rest = inputs[num_differentiated:]
+        outputs, pull = jax.vjp(lambda *x: values(*x, *rest), *inputs[:num_differentiated])
+        return outputs, pull(flowing)
+
+    return both, (*cotangents, *inputs)

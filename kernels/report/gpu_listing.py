@@ -19,9 +19,9 @@ _ENTRY = re.compile(r"\.entry (\w+)")
 _LABEL = re.compile(r"^(\$?\w+):")
 _BRANCH = re.compile(r"(?:@(!?)(%p\d+)\s+)?bra(?:\.uni)?\s+(\$?\w+);")
 _COMPARE = re.compile(r"setp\.(\w+)\.\w+\s+(%p\d+), (%\w+), (-?\d+);")
-_INCREASE = re.compile(r"add\.\w+\s+(%\w+), (%\w+), (\d+);")
+_INCREASE = re.compile(r"add\.\w+\s+(%\w+), (%\w+), (-?\d+);")
 _THREADS = re.compile(r"\.(?:reqntid|maxntid) (\d+)")
-_PALLAS = re.compile(r'op_name="[^"]*?(\w+)/pallas_call"')
+_PALLAS = re.compile(r'op_name="[^"]*?(\w+)\)*/pallas_call"')  # f, jvp(f), transpose(jvp(f))
 _THUNK = re.compile(r"\] (\S+) grid: \[([\d, ]*)\].*?shared_memory: (\d+) bytes")
 
 
@@ -58,31 +58,39 @@ def issued_by_warp(body: str) -> float:
     stop = next(i for i in range(len(lines) - 1, start, -1) if lines[i] == "}")
     lines = lines[start:stop]
     labels = {m.group(1): i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
+    branches = [(i, *m.groups()) for i, line in enumerate(lines) if (m := _BRANCH.search(line))]
+    loops = {}  # first line: last line and the predicates that decide on another trip
+    for i, _, predicate, label in branches:
+        first = labels.get(label, i)
+        if first < i:
+            loops[first] = (i, [*loops.get(first, (i, []))[1], predicate])
     weights = [1.0] * len(lines)
-    for i, line in enumerate(lines):
-        branch = _BRANCH.search(line)
-        if branch and labels.get(branch.group(3), i) < i:
-            first = labels[branch.group(3)]
-            trips = _trips(lines[first : i + 1], branch.group(2))
-            weights[first : i + 1] = [x * trips for x in weights[first : i + 1]]
+    for first, (last, predicates) in loops.items():
+        inside = [b for b in branches if first <= b[0] <= last]
+        predicates += [b[2] for b in inside if not first <= labels.get(b[3], first) <= last]
+        body = lines[first : last + 1]
+        trips = max(_trips(body, predicate) for predicate in predicates)
+        weights[first : last + 1] = [x * trips for x in weights[first : last + 1]]
     return sum(x for x, line in zip(weights, lines) if _is_instruction(line))
 
 
 def _trips(loop: list[str], predicate: str | None) -> int:
     """How often a loop runs that counts by a constant, from 0 to the constant of its last comparison.
 
-    If the counter is compared before it is increased, the constant is that of the last trip.
+    It may count down. If the counter is compared before it is changed, the constant is that of the
+    last trip.
     """
     compares = [m for line in loop if (m := _COMPARE.search(line)) and m.group(2) == predicate]
     if not compares:
         return 1
     kind, _, counter, bound = compares[-1].groups()
     steps = [m for line in loop if (m := _INCREASE.search(line))]
-    step = next((int(m.group(3)) for m in steps if m.group(1) == counter), None)
-    if step is not None:
-        return max(1, -(-int(bound) // step) + (kind in ("le", "ls")))
-    step = next((int(m.group(3)) for m in steps if m.group(2) == counter), 1)
-    return max(1, -(-int(bound) // step) + 1 + (kind in ("le", "ls")))
+    including = kind in ("le", "ls")
+    for group, more in ((1, 0), (2, 1)):
+        step = next((int(m.group(3)) for m in steps if m.group(group) == counter), 0)
+        if step:
+            return max(1, -(-abs(int(bound)) // abs(step)) + more + including)
+    return max(1, abs(int(bound)) + 1 + including)
 
 
 def _is_instruction(line: str) -> bool:

@@ -5,7 +5,7 @@ import json
 import pathlib
 from collections.abc import Callable
 
-from effarch.kernels.report import cases, compiling
+from effarch.kernels.report import cases, compiling, whole_arrays
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 FIGURES = FOLDER / "figures.json"
@@ -17,15 +17,21 @@ _MIB = 2**20
 def committed() -> list[cases.Case]:
     """The rows of the table, in its order."""
     rows = []
-    for op in cases.OPS:
+    for op in cases.RECURRENT:
         for target in ("v6e", "v5p", "tpu7x"):
             rows += [cases.Case(op, target, "pallas_tpu", both) for both in (False, True)]
     for target in ("a100", "h100", "b200"):
         for op in ("delta_rule", "gated_delta_rule", "kda"):
             rows += [cases.Case(op, target, "pallas_gpu", both) for both in (False, True)]
     packed = cases.Spec(packed=1)
+    for op, backend in (("attention", "pallas_tpu"), ("short_conv", "pallas_tpu")):
+        rows += [cases.Case(op, "v6e", backend, both, packed) for both in (False, True)]
+    rows += [cases.Case("short_conv", "v6e", "xla", both, packed) for both in (False, True)]
+    rows += [cases.Case("attention", "h100", "pallas_gpu", both, packed) for both in (False, True)]
     rows += [cases.Case("gated_delta_rule", "v6e", "pallas_tpu", x, packed) for x in (False, True)]
     rows += [cases.Case("gated_delta_rule", "v6e", "pallas_tpu_precise")]
+    for target, backend in (("v6e", "pallas_tpu"), ("h100", "pallas_gpu")):
+        rows += [cases.Case(op, target, backend) for op in whole_arrays.PROGRAMS]
     rows += [cases.Case("gated_delta_rule", "v6e", "xla", both) for both in (False, True)]
     return rows
 

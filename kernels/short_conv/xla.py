@@ -16,26 +16,31 @@ from effarch.kernels.chunked import documents
 
 def short_conv(x, kernel, *, bias=None, activation=None, initial=None, segment_ids=None):
     """See `api.short_conv`."""
+    bias = jnp.zeros(x.shape[2], kernel.dtype) if bias is None else bias
+    x, kernel, bias, initial, segment_ids = varying.align([x, kernel, bias, initial, segment_ids])
+    inputs, docs, is_real, tail = prepared(x, kernel.shape[0] - 1, initial, segment_ids)
+    y = _convolve(inputs, kernel, bias, docs, activation)
+    return y if is_real is None else jnp.where(is_real[..., None], y, 0), tail
+
+
+def prepared(x, before: int, initial, segment_ids) -> tuple:
+    """The inputs [B,E,D] with the W-1 before the row, their documents [B,E], who is real, the tail.
+
+    Documents and `is_real` [B,T] are None without segment ids; padding counts as inputs of 0.
+    """
     batch, length, channels = x.shape
-    before = kernel.shape[0] - 1
     starts_empty = initial is None
-    if starts_empty:
-        initial = jnp.zeros((batch, before, channels), x.dtype)
-    bias = jnp.zeros(channels, kernel.dtype) if bias is None else bias
-    x, kernel, bias, initial, segment_ids = varying.align(
-        [x, kernel, bias, initial.astype(x.dtype), segment_ids]
-    )
+    initial = jnp.zeros_like(x, shape=(batch, before, channels)) if starts_empty else initial
+    initial = initial.astype(x.dtype)
     if segment_ids is None:
         inputs = jnp.concatenate([initial, x], axis=1)
-        return _convolve(inputs, kernel, bias, None, activation), inputs[:, length:]
-
+        return inputs, None, None, inputs[:, length:]
     is_real = segment_ids != 0
     docs = documents.document_index(segment_ids)
     inputs = jnp.concatenate([initial, jnp.where(is_real[..., None], x, 0)], axis=1)
     inputs = inputs if starts_empty else _behind_padding(inputs, initial, is_real)
     docs = jnp.pad(docs, ((0, 0), (before, 0)))  # the row's first document is number 0
-    y = _convolve(inputs, kernel, bias, docs, activation)
-    return jnp.where(is_real[..., None], y, 0), _tail(inputs, docs, is_real, before)
+    return inputs, docs, is_real, _tail(inputs, docs, is_real, before)
 
 
 def _behind_padding(inputs, initial, is_real):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from effarch.kernels import dispatch
 
-BACKENDS = ("reference", "xla")
+BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 MOST_TOKENS = 16
 """Beyond so many tokens at a time their neurons together are nearly all of them."""
 MOST_ACTIVE = 0.75
@@ -32,7 +32,8 @@ def sparse_ffn(
     A neuron is read if any of the B tokens has a gate for it. Where too many are in use for that to
     pay, everything is read in order; that is decided by their number, at run time.
     Weights may be of another dtype than x; what is read is cast. Meant for decoding: values and
-    forward derivatives only. Raises ValueError for shapes that do not fit.
+    forward derivatives only, and of the Pallas kernels values only. Raises ValueError for shapes
+    that do not fit.
     """
     gate, x, up, down = (jnp.asarray(array) for array in (gate, x, up, down))
     are_matrices = gate.ndim == x.ndim == up.ndim == down.ndim == 2

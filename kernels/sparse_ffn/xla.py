@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from effarch.kernels.sparse_ffn import api, reference
 
-_ROWS = 64  # two blocks of 64 rows of 1 to 4 thousand numbers stay in a core's cache
+ROWS = 64  # two blocks of 64 rows of 1 to 4 thousand numbers stay in a core's cache
 
 
 def sparse_ffn(gate, x, up, down):
@@ -30,26 +30,26 @@ def _in_order(is_active_F, gate, x, up, down):
 def _gathered(is_active_F, gate, x, up, down):
     narrow = x.dtype
     num_active = jnp.sum(is_active_F)
-    index_N = _positions(is_active_F)
+    index_N = positions(is_active_F)
 
     def block(turn, y_BD):
-        first = turn * _ROWS
-        index_J = jax.lax.dynamic_slice_in_dim(index_N, first, _ROWS)
-        is_real_J = first + jnp.arange(_ROWS) < num_active
+        first = turn * ROWS
+        index_J = jax.lax.dynamic_slice_in_dim(index_N, first, ROWS)
+        is_real_J = first + jnp.arange(ROWS) < num_active
         up_JP, down_JD = up[index_J].astype(narrow), down[index_J].astype(narrow)
         u_BJ = jnp.matmul(x, up_JP.T, preferred_element_type=jnp.float32)
         h_BJ = jnp.where(is_real_J, gate[:, index_J].astype(jnp.float32) * u_BJ, 0)
         return y_BD + jnp.matmul(h_BJ.astype(narrow), down_JD, preferred_element_type=jnp.float32)
 
     start = jnp.zeros((x.shape[0], down.shape[1]), jnp.float32)
-    turns = -(-num_active // _ROWS)
+    turns = -(-num_active // ROWS)
     return jax.lax.fori_loop(0, turns, block, start).astype(narrow)
 
 
-def _positions(is_active_F):
-    """The active neurons in order, then zeros, in whole blocks."""
+def positions(is_active_F):
+    """The numbers of active neurons in order, then zeros, in whole blocks."""
     hidden = is_active_F.shape[0]
     place_F = jnp.where(is_active_F, jnp.cumsum(is_active_F) - 1, hidden)
-    empty = jnp.zeros(-(-hidden // _ROWS) * _ROWS, jnp.int32)
+    empty = jnp.zeros(-(-hidden // ROWS) * ROWS, jnp.int32)
     neurons_F = jnp.arange(hidden, dtype=jnp.int32)
     return empty.at[place_F].set(neurons_F, mode="drop")

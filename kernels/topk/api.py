@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from effarch.kernels import dispatch
 
-BACKENDS = ("reference", "xla")
+BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def statistical_top_k(

@@ -18,14 +18,9 @@ GOLDEN += ["kda_0", "kda_1"]
 BACKENDS = ["reference", "xla"]
 
 
-def relative_rms(actual, expected) -> float:
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    return np.sqrt(np.mean((actual - expected) ** 2)) / np.sqrt(np.mean(expected**2))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_outputs(name, backend):
+def test_golden_outputs(name, backend, relative_rms):
     data = np.load(DATA / f"{name}.npz")
     o, final = jax.jit(functools.partial(gated_delta_rule, backend=backend))(
         *(data[x] for x in ("q", "k", "v", "beta")),
@@ -39,7 +34,7 @@ def test_golden_outputs(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_golden_gradients(backend):
+def test_golden_gradients(backend, relative_rms):
     data = np.load(DATA / "gated_delta_rule_grad.npz")
     names = ("q", "k", "v", "beta", "g")
 
@@ -60,15 +55,10 @@ def test_golden_gradients(backend):
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_five_tokens_computed_by_hand(backend, gate, o_last, o_sum, state):
-    t = np.arange(5.0)
-    rows = [(np.sin(t + 1), np.cos(t + 1)), (np.cos(2 * t + 1), np.sin(2 * t + 1))]
-    q, k, v = (np.stack(x, -1)[None, :, None] for x in [*rows, (t + 1, (-1) ** t)])
-    g_channel = np.stack([-0.1 * (t + 1), -0.05 * (t + 2)], -1)[None, :, None]
-    g = {"none": None, "head": g_channel[..., 0], "channel": g_channel}[gate]
-    inputs = (q, k, v, (1 / (t + 2))[None, :, None], g)
+def test_five_tokens_computed_by_hand(five_tokens, backend, gate, o_last, o_sum, state):
+    inputs, gates = five_tokens
     rule = jax.jit(functools.partial(gated_delta_rule, backend=backend))
-    o, final = jax.tree.map(np.asarray, rule(*inputs))
+    o, final = jax.tree.map(np.asarray, rule(*inputs, gates[gate]))
     np.testing.assert_allclose(o[0, -1, 0], o_last, atol=2e-6)
     np.testing.assert_allclose(np.sum(o), o_sum, atol=5e-6)
     np.testing.assert_allclose(np.ravel(final), state, atol=2e-6)

@@ -94,6 +94,28 @@ def test_trips_of_a_loop(comparison, trips):
     assert gpu_listing.issued_by_warp(body) == 3 + 5 * trips
 
 
+def test_a_loop_may_count_down_or_end_in_its_middle():
+    down = PTX.replace("%r1, 4;", "%r1, -4;").replace("%r1, 40;", "%r1, -40;")
+    assert gpu_listing.issued_by_warp(down) == 3 + 5 * 10
+    # The way back asks nothing of a counter; the way out, a line earlier, does.
+    middle = PTX.replace("@%p7 bra", "@%p7 bra 	$L__OUT;\n	bra.uni")
+    middle = middle.replace("// %bb.2:", "$L__OUT:")
+    assert gpu_listing.issued_by_warp(middle) == 3 + 6 * 10
+
+
+def test_kernels_of_a_gradient_are_known_as_ours(tmp_path):
+    names = ("first", "second", "third", "fourth")
+    told = ("first", "jvp(second)", "transpose(jvp(third))")
+    lines = [f'metadata={{op_name="jit(both)/{name}/pallas_call" stack=1}}' for name in told]
+    (tmp_path / "program.txt").write_text("\n".join(lines))
+    for name in names:
+        (tmp_path / f"{name}.ptx").write_text(f".target sm_90\n.visible .entry {name}{PTX}")
+    found = gpu_listing.read(tmp_path, token_heads=1)
+    assert {kernel["name"]: kernel["is_pallas"] for kernel in found} == {
+        name: name != "fourth" for name in names
+    }
+
+
 def test_a_spec_is_read_and_mistakes_are_named():
     spec = cases.parse_spec("T=512,HV=8,dtype=float32,packed=1")
     assert (spec.T, spec.H, spec.value_heads, spec.dtype) == (512, 16, 8, "float32")

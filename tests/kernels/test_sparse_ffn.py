@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effarch.kernels import sparse_ffn
-from effarch.kernels.sparse_ffn import api, xla
+from effarch.kernels import dispatch, sparse_ffn
+from effarch.kernels.sparse_ffn import api, pallas_gpu, pallas_tpu, xla
 
 B, F, P, D = 3, 200, 24, 40
 
 
-def inputs(share):
+def inputs(share, part=P, width=D):
     rng = np.random.default_rng(0)
     gate = rng.standard_normal((B, F)) * (rng.random((B, F)) < share)
-    shapes = ((B, P), (F, P), (F, D))
+    shapes = ((B, part), (F, part), (F, width))
     return [a.astype(np.float32) for a in (gate, *(rng.standard_normal(s) for s in shapes))]
 
 
@@ -73,6 +73,47 @@ def test_work_of_a_turn_is_that_of_its_rows():
     args = [jax.ShapeDtypeStruct(s, jnp.float32 if i else bool) for i, s in enumerate(shapes)]
     flops = jax.jit(xla._gathered).lower(*args).compile().cost_analysis()["flops"]
     assert flops == pytest.approx(2 * (part + width) * 64, rel=0.05)
+
+
+@jax.jit
+def kernels(gate, x, up, down):
+    return {
+        name: module.sparse_ffn(gate, x, up, down, interpret=True)
+        for name, module in (("tpu", pallas_tpu), ("gpu", pallas_gpu))
+    }
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 1.0])
+def test_kernels_read_active_rows_alone(share):
+    """NaN in what no token uses does not come out; no neuron, less than a block, some blocks, all."""
+    gate, x, up, down = inputs(share, part=128, width=256)
+    want = by_neurons(gate, x, up, down)
+    unused = ~np.any(gate != 0, axis=0)
+    unused[0] = False  # fills the last block up
+    up, down = (np.where(unused[:, None], np.nan, w).astype(np.float32) for w in (up, down))
+    for name, y in jax.device_get(kernels(gate, x, up, down)).items():
+        if share == 0:
+            np.testing.assert_array_equal(y, want, err_msg=name)
+        else:
+            assert rel_rms(y, want) < 1e-6, name
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_kernels_in_bfloat16():
+    args = inputs(0.2, part=128, width=256)
+    want = by_neurons(*args)
+    gate, *narrow = (jnp.asarray(a, jnp.bfloat16) for a in args)
+    for name, y in kernels(gate, *narrow).items():
+        assert rel_rms(np.float32(y), want) < 1e-2, name  # eight bits of mantissa
+
+
+def test_what_the_kernels_do_not_take_is_said():
+    for name, module in (("tpu", pallas_tpu), ("gpu", pallas_gpu)):
+        with pytest.raises(dispatch.Unsupported, match=f"runs on {name.upper()}s"):
+            sparse_ffn(*inputs(0.1), backend=f"pallas_{name}")
+        with pytest.raises(dispatch.Unsupported, match="rows of 24 and 40 are not multiples"):
+            module.sparse_ffn(*map(jnp.asarray, inputs(0.1)), interpret=True)
 
 
 def test_wrong_shapes_are_named():

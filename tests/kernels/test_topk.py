@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from effarch.kernels import (
+    dispatch,
     exact_top_k,
     gaussian_top_k,
     statistical_threshold,
     statistical_top_k,
 )
+from effarch.kernels.topk import pallas_gpu, pallas_tpu, reference
 
 BACKENDS = ["reference", "xla"]
 ROWS, N, K = 6, 40, 7
@@ -84,6 +86,60 @@ def test_values_and_gradients_equal_numpy(backend):
         is_cut = np.isfinite(want_theta)
         np.testing.assert_allclose(dx[is_cut].sum(axis=1), 0, atol=1e-12)
         np.testing.assert_allclose((x * dx).sum(axis=1), (want * g).sum(axis=1), atol=1e-10)
+
+
+@jax.jit
+def from_kernels(x, g):
+    """(y, dx, dx with fixed statistics, theta) of each kernel and of the reference."""
+
+    def run(module, **options):
+        options |= dict(axis=1, where=None)
+        y, pull = jax.vjp(
+            lambda x: module.statistical_top_k(x, 40, stop_statistics=False, **options), x
+        )
+        _, fixed = jax.vjp(
+            lambda x: module.statistical_top_k(x, 40, stop_statistics=True, **options), x
+        )
+        return y, pull(g)[0], fixed(g)[0], module.statistical_threshold(x, 40, **options)
+
+    found = {m.__name__: run(m, interpret=True) for m in (pallas_tpu, pallas_gpu)}
+    return found, run(reference)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.float32, pytest.param(jnp.bfloat16, marks=(pytest.mark.slow, pytest.mark.ci))],
+)
+def test_kernels_equal_the_reference(dtype):
+    """Rows of 384 entries with means far from 0 and one of equal entries; no power of two."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((16, 384)) * np.arange(1, 17)[:, None] + 30
+    x[3] = 0.5
+    x, g = jnp.asarray(x, dtype), jnp.asarray(rng.standard_normal((16, 384)), dtype)
+    found, want = jax.device_get(from_kernels(x, g))
+    for name, got in found.items():
+        # float32: sums of 384 entries around 30; bfloat16: results are rounded to eight bits.
+        for one, other, size in zip(got, want, (5, 1, 1, 30)):
+            one, other = np.float32(one), np.float32(other)
+            tolerance = (1e-5 if dtype == jnp.float32 else 2e-2) * size
+            rows = np.arange(16) != 3  # its deviation of 0 has no gradient in the reference
+            np.testing.assert_allclose(one[rows], other[rows], atol=tolerance, err_msg=name)
+        np.testing.assert_array_equal(got[0][3], 0)
+        assert np.isfinite(np.float32(got[1])).all()
+        if dtype == jnp.float32:
+            y, theta = by_hand(np.float64(x), 40, np.ones(x.shape, bool))
+            np.testing.assert_allclose(got[0], y, atol=1e-4)
+            np.testing.assert_allclose(got[3][:, 0], theta, rtol=1e-5)
+
+
+def test_what_the_kernels_do_not_take_is_said():
+    x = jnp.ones((4, 256))
+    for name, module in (("tpu", pallas_tpu), ("gpu", pallas_gpu)):
+        with pytest.raises(dispatch.Unsupported, match=f"runs on {name.upper()}s"):
+            statistical_top_k(x, 5, backend=f"pallas_{name}")
+        options = dict(axis=1, where=x > 0, stop_statistics=False, interpret=True)
+        with pytest.raises(dispatch.Unsupported, match="entries are masked"):
+            module.statistical_top_k(x, 5, **options)
 
 
 def test_quantiles_are_those_of_the_normal_distribution():

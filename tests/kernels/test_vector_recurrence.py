@@ -22,12 +22,6 @@ SEGMENTS = np.array(
 ONE_DOCUMENT = np.ones_like(SEGMENTS)
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def relative_rms(actual, expected) -> float:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     return np.sqrt(np.mean((actual - expected) ** 2)) / np.sqrt(np.mean(expected**2))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from effarch.kernels import hadamard
-from effarch.kernels.hadamard import api
 
 
 def matrix(size):
@@ -14,7 +13,7 @@ def matrix(size):
     return np.array(signs) / np.sqrt(size)
 
 
-@pytest.mark.parametrize("backend", api.BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "xla"])
 @pytest.mark.parametrize("size", [16, 32, 128])
 def test_transform_is_the_product_with_a_symmetric_orthogonal_matrix(size, backend):
     h = matrix(size)

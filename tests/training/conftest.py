@@ -8,6 +8,14 @@ import pytest
 from effarch import config
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven"]
+CONFIG = """
+import pathlib
+from effarch import config
+
+
+def get_config(arg=""):
+    return config.from_json(pathlib.Path(__file__).with_name("config.json").read_text())
+"""
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +27,19 @@ def corpus(tmp_path_factory):
         text = " ".join(draw.choice(WORDS) for _ in range(120))
         (folder / f"{number:02d}.txt").write_text(text)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_config(tmp_path_factory):
+    """Writes a config as a Python file that --config takes; gives its path."""
+
+    def write(c):
+        folder = tmp_path_factory.mktemp("config")
+        (folder / "config.json").write_text(config.to_json(c))
+        (folder / "tiny.py").write_text(CONFIG)
+        return folder / "tiny.py"
+
+    return write
 
 
 @pytest.fixture

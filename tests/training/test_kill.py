@@ -10,24 +10,14 @@ import time
 
 import pytest
 
-from effarch import config as config_lib
 from effarch.training import writers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
-CONFIG = """
-import pathlib
-from effarch import config
-
-
-def get_config(arg=""):
-    return config.from_json(pathlib.Path(__file__).with_name("config.json").read_text())
-"""
-
 
 @pytest.fixture(scope="module")
-def config_file(make_tiny, tmp_path_factory):
+def config_file(make_tiny, write_config):
     """A hybrid that saves at every second of its 40 steps."""
     c = make_tiny()
     c.model.layers = "gated_delta_net/glu + attention/glu"
@@ -35,10 +25,7 @@ def config_file(make_tiny, tmp_path_factory):
     c.train.num_steps = 40
     c.checkpoint.every_steps = 2
     c.eval.every_steps = 20
-    folder = tmp_path_factory.mktemp("config")
-    (folder / "config.json").write_text(config_lib.to_json(c))
-    (folder / "tiny.py").write_text(CONFIG)
-    return folder / "tiny.py"
+    return write_config(c)
 
 
 def start(config_file, folder):

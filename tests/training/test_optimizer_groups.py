@@ -32,14 +32,15 @@ def test_kinds_come_from_logical_axes(logical, kind, dims, decay):
     }
 
 
-def test_matching_takes_the_longest_suffix_and_equal_shapes():
-    def info(path, shape):
-        return parameters.ParamInfo(path, (path,), ("embed",) * len(shape), shape, True)
+def test_matching_takes_the_longest_suffix():
+    def info(path, *logical):
+        return parameters.ParamInfo(path, (path,), logical, (4, 4), True)
 
-    infos = {i.path: i for i in (info("b/kernel", (4, 4)), info("a/b/kernel", (4, 4)))}
-    match = state_paths.match_parameter
-    assert match("0/mu/a/b/kernel", (4, 4), infos).path == "a/b/kernel"
-    assert match("0/mu/xa/b/kernel", (4, 4), infos).path == "b/kernel"
-    assert match("0/mu/a/b/kernel", (4,), infos) is None
-    assert match("0/mu/c/kernel", (4, 4), infos) is None
-    assert match("0/count", (), infos) is None
+    short, long = info("b/kernel", "embed", "ffn"), info("a/b/kernel", "ffn", "embed")
+    infos = {i.path: i for i in (short, long)}
+    axes = state_paths.logical_axes
+    assert axes("0/mu/a/b/kernel", (4, 4), infos) == long.logical
+    assert axes("0/mu/xa/b/kernel", (4, 4), infos) == short.logical
+    assert axes("0/mu/a/b/kernel", (4,), infos) is None
+    assert axes("0/mu/c/kernel", (4, 4), infos) is None
+    assert axes("0/count", (), infos) is None

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from effarch import config as config_lib
 from effarch.training import watchdog, writers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -18,27 +17,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 TIMEOUT = 8
 STEPS = 150
 
-CONFIG = """
-import pathlib
-from effarch import config
-
-
-def get_config(arg=""):
-    return config.from_json(pathlib.Path(__file__).with_name("config.json").read_text())
-"""
-
 
 @pytest.fixture(scope="module")
-def config_file(make_tiny, tmp_path_factory):
+def config_file(make_tiny, write_config):
     c = make_tiny()
     c.train.num_steps = STEPS
     c.checkpoint.every_steps = 20
     c.eval.every_steps = 0
     c.hosts.timeout_seconds = float(TIMEOUT)
-    folder = tmp_path_factory.mktemp("config")
-    (folder / "config.json").write_text(config_lib.to_json(c))
-    (folder / "tiny.py").write_text(CONFIG)
-    return folder / "tiny.py"
+    return write_config(c)
 
 
 def start(config_file, folder, count):

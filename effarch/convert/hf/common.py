@@ -88,6 +88,17 @@ def experts(theirs: str, ours: str, num_experts: int, names: tuple[str, str, str
     ]
 
 
+def moe(theirs: str, ours: str, num_experts: int, *, shared: str) -> list[Rule]:
+    """Router, experts (one by one, or in one tensor) and shared experts, which they call `shared`."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    return [
+        mapping.linear(f"{theirs}.gate.weight", f"{ours}/router/kernel"),
+        *experts(f"{theirs}.experts", f"{ours}/experts", num_experts, names),
+        *mapping.merged_experts(f"{theirs}.experts", f"{ours}/experts"),
+        *glu(f"{theirs}.{shared}", f"{ours}/shared"),
+    ]
+
+
 def numbered(m: ConfigDict) -> list[tuple[str, str]]:
     """The name of each layer, theirs and ours."""
     return [(f"model.layers.{layer}", f"layers/{layer}") for layer in range(m.depth)]

@@ -63,14 +63,9 @@ def _halves(theirs: str, ours: str, heads: int, rope: int) -> Rule:
 
 
 def _moe(theirs: str, ours: str, options: ConfigDict) -> list[Rule]:
-    names = ("gate_proj", "up_proj", "down_proj")
-    routed = f"{ours}/experts"
     return [
-        mapping.linear(f"{theirs}.gate.weight", f"{ours}/router/kernel"),
+        *common.moe(theirs, ours, options.num_experts, shared="shared_experts"),
         mapping.same(f"{theirs}.gate.e_score_correction_bias", f"{ours}/router/bias"),
-        *common.experts(f"{theirs}.experts", routed, options.num_experts, names),
-        *mapping.merged_experts(f"{theirs}.experts", routed),
-        *common.glu(f"{theirs}.shared_experts", f"{ours}/shared"),
     ]
 
 

@@ -102,13 +102,8 @@ def _convs(theirs: str, ours: str, keys: int) -> Rule:
 
 
 def _moe(theirs: str, ours: str, options: ConfigDict) -> list[Rule]:
-    names = ("gate_proj", "up_proj", "down_proj")
-    routed = f"{ours}/experts"
     return [
-        mapping.linear(f"{theirs}.gate.weight", f"{ours}/router/kernel"),
-        *common.experts(f"{theirs}.experts", routed, options.num_experts, names),
-        *mapping.merged_experts(f"{theirs}.experts", routed),
-        *common.glu(f"{theirs}.shared_expert", f"{ours}/shared"),
+        *common.moe(theirs, ours, options.num_experts, shared="shared_expert"),
         mapping.linear(f"{theirs}.shared_expert_gate.weight", f"{ours}/shared_gate/kernel"),
     ]
 

@@ -54,7 +54,7 @@ def dct_adamw(
     )
     return updates.finish(
         {"low_rank": low_rank, "adam": optax.scale_by_adam(b1, b2, eps)},
-        lambda group: "low_rank" if group.kind == "matrix" and group.optimizer is None else "adam",
+        updates.matrices_to("low_rank"),
         groups=groups,
         schedule=schedule,
         weight_decay=weight_decay,

@@ -46,7 +46,7 @@ def galore(
     )
     return updates.finish(
         {"galore": _one_by_one(inner, groups), "adam": optax.scale_by_adam(b1, b2, eps)},
-        lambda group: "galore" if group.kind == "matrix" and group.optimizer is None else "adam",
+        updates.matrices_to("galore"),
         groups=groups,
         schedule=schedule,
         weight_decay=weight_decay,

@@ -63,7 +63,7 @@ def muon(
     )
     return updates.finish(
         {"muon": matrices, "adam": optax.scale_by_adam(adam_b1, adam_b2, adam_eps)},
-        lambda group: "muon" if group.kind == "matrix" and group.optimizer is None else "adam",
+        updates.matrices_to("muon"),
         groups=groups,
         schedule=schedule,
         weight_decay=weight_decay,

@@ -18,19 +18,6 @@ def by_path(infos: Any) -> dict[str, parameters.ParamInfo]:
     return {info.path: info for info in jax.tree.leaves(infos)}
 
 
-def match_parameter(
-    opt_state_leaf_path: str,
-    leaf_shape: Sequence[int],
-    infos_by_path: Mapping[str, parameters.ParamInfo],
-) -> parameters.ParamInfo | None:
-    """The parameter whose path is the longest suffix of the leaf's, if the shapes are equal.
-
-    None for counters, and for state in another shape than its parameter's.
-    """
-    info = _owner(opt_state_leaf_path, infos_by_path)
-    return info if info is not None and tuple(info.shape) == tuple(leaf_shape) else None
-
-
 def logical_axes(
     opt_state_leaf_path: str,
     leaf_shape: Sequence[int],

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from effarch.kernels.coat.groups import grouped, ungrouped
+
 
 class Codec(NamedTuple):
     """How one moment is stored."""
@@ -38,50 +40,53 @@ def scale_by_adam(
 ) -> optax.GradientTransformation:
     """d = m^ / (sqrt(v^) + eps) as `optax.scale_by_adam`, from stored moments."""
 
+    def step(g, m, v, count):
+        m, v = _decode(*m, m_codec), _decode(*v, v_codec)
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        direction = (m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps)
+        return direction, _encode(m, m_codec), _encode(v, v_codec)
+
+    return stored(step, lambda x: _encode(x, m_codec), lambda x: _encode(x, v_codec))
+
+
+def stored(step: Callable, encode_m: Callable, encode_v: Callable) -> optax.GradientTransformation:
+    """The transformation of `step(g, m, v, count) -> (direction, m, v)`, parameter by parameter.
+
+    m and v are pairs (codes, shared), as `encode_m` and `encode_v` make them of an array; `count` is
+    the number of the step, from 1.
+    """
+
     def init(params):
         zeros = jax.tree.map(jnp.zeros_like, params)
-        m, v = _encode_all(zeros, m_codec), _encode_all(zeros, v_codec)
+        m, v = (_unzip(jax.tree.map(encode, zeros), zeros, 2) for encode in (encode_m, encode_v))
         return State(jnp.zeros((), jnp.int32), *m, *v)
 
     def update(grads, state, params=None):
-        m = _decode_all(state.m_codes, state.m_shared, m_codec)
-        v = _decode_all(state.v_codes, state.v_shared, v_codec)
-        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, grads)
-        v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, v, grads)
         count = optax.safe_increment(state.count)
-        m_left, v_left = 1 - b1**count, 1 - b2**count
-        directions = jax.tree.map(lambda m, v: (m / m_left) / (jnp.sqrt(v / v_left) + eps), m, v)
-        return directions, State(count, *_encode_all(m, m_codec), *_encode_all(v, v_codec))
+
+        def one(g, m_codes, m_shared, v_codes, v_shared):
+            d, m, v = step(g, (m_codes, m_shared), (v_codes, v_shared), count)
+            return d, *m, *v
+
+        found = jax.tree.map(one, grads, *state[1:])
+        directions, *moments = _unzip(found, grads, 5)
+        return directions, State(count, *moments)
 
     return optax.GradientTransformation(init, update)
 
 
-def _encode_all(tree, codec: Codec):
-    pairs = jax.tree.map(lambda x: _encode(x, codec), tree)
-    return jax.tree.transpose(jax.tree.structure(tree), jax.tree.structure((0, 0)), pairs)
-
-
-def _decode_all(codes, shared, codec: Codec):
-    return jax.tree.map(lambda codes, shared: _decode(codes, shared, codec), codes, shared)
+def _unzip(tree, like, size: int):
+    """A tree of tuples as a tuple of trees in the shape of `like`."""
+    return tuple(
+        jax.tree.map(lambda _, found, index=index: found[index], like, tree)
+        for index in range(size)
+    )
 
 
 def _encode(x: Array, codec: Codec) -> tuple[Array, Array]:
-    codes, shared = codec.encode(_grouped(x, codec.group_size))
-    return _ungrouped(codes, x.shape), shared
+    codes, shared = codec.encode(grouped(x, codec.group_size))
+    return ungrouped(codes, x.shape), shared
 
 
 def _decode(codes: Array, shared: Array, codec: Codec) -> Array:
-    return _ungrouped(codec.decode(_grouped(codes, codec.group_size), shared), codes.shape)
-
-
-def _grouped(x: Array, size: int) -> Array:
-    """[..., D] -> [..., groups, size], padded with zeros."""
-    x = x.reshape(1) if x.ndim == 0 else x
-    size = min(size, x.shape[-1])
-    padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
-    return jnp.pad(x, padding).reshape(*x.shape[:-1], -1, size)
-
-
-def _ungrouped(x: Array, shape: tuple[int, ...]) -> Array:
-    flat = x.reshape(*x.shape[:-2], -1)
-    return flat[..., : shape[-1]] if shape else flat.reshape(shape)
+    return ungrouped(codec.decode(grouped(codes, codec.group_size), shared), codes.shape)

@@ -48,7 +48,7 @@ def trion(
     matrices = _orthogonal_low_rank(dct.Sides(groups), momentum, rank, norm, ns_steps, update_rms)
     return updates.finish(
         {"trion": matrices, "adam": optax.scale_by_adam(adam_b1, adam_b2, adam_eps)},
-        lambda group: "trion" if group.kind == "matrix" and group.optimizer is None else "adam",
+        updates.matrices_to("trion"),
         groups=groups,
         schedule=schedule,
         weight_decay=weight_decay,

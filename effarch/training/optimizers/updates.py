@@ -47,6 +47,11 @@ def finish(
     )
 
 
+def matrices_to(name: str) -> Callable[[groups_lib.Group], str]:
+    """The label, for `finish`: `name` for matrices that no rule gave to adamw, `adam` for the rest."""
+    return lambda group: name if group.kind == "matrix" and group.optimizer is None else "adam"
+
+
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """Raises ValueError unless low <= value < high; `name` is the field below `optimizer`."""
     if value is None or not low <= value < high:

@@ -38,6 +38,12 @@ class Blocks:
         shape = (None, self.plan.chunk, None, width)
         return self._spec(shape, lambda j, n, b, h: (b, n, h // group, 0))
 
+    def key_columns(self) -> pl.BlockSpec:
+        """[C, BV] of an array [B,T,H,K]."""
+        group = self.plan.group
+        shape = (None, self.plan.chunk, None, self.columns)
+        return self._spec(shape, lambda j, n, b, h: (b, n, h // group, j))
+
     def values(self, width: int) -> pl.BlockSpec:
         """[C, width] of an array [B,T,HV,width]."""
         shape = (None, self.plan.chunk, None, width)
@@ -151,6 +157,12 @@ def call(
     return dict(zip(outputs, results))
 
 
+def columns(ref, width: int) -> list[slice]:
+    """All columns of a ref, so many at once."""
+    width = min(width, ref.shape[1])
+    return [slice(start, start + width) for start in range(0, ref.shape[1], width)]
+
+
 def barrier(plan: Plan) -> None:
     """What any thread of the program has written to memory can now be read by all."""
     if not plan.interpret:  # the interpreter is one thread
@@ -167,13 +179,19 @@ dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
 def pairs(plan: Plan, coarse, fine, docs, *, strict: bool) -> jax.Array:
     """[C,C] float32: the decay from token j to token i >= j (i > j), 0 elsewhere; refs of `Factors`."""
+    row, tile = pairs_by_row(plan, coarse, fine, docs, strict=strict)
+    return row[:, None] * tile
+
+
+def pairs_by_row(plan: Plan, coarse, fine, docs, *, strict: bool) -> tuple[jax.Array, jax.Array]:
+    """`pairs` as a number for each row [C], close to 1, times [C,C]."""
     row, column = positions(plan.chunk)
     sees = row > column if strict else row >= column
     if docs is not None:
         numbers = docs[...]
         sees &= numbers[:, None] == numbers[None, :]
     if coarse is None:
-        return jnp.where(sees, 1.0, 0.0)
+        return jnp.ones(plan.chunk, jnp.float32), jnp.where(sees, 1.0, 0.0)
     coarse, fine = coarse[...], fine[...]
-    gap = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-    return jnp.exp2(jnp.where(sees, gap, -jnp.inf))
+    gap = (coarse[:, None] - coarse[None, :]) - fine[None, :]
+    return jnp.exp2(fine), jnp.exp2(jnp.where(sees, gap, -jnp.inf))

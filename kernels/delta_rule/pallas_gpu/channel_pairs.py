@@ -16,6 +16,7 @@ from effarch.kernels.delta_rule.pallas_gpu.blocks import Blocks, dot
 from effarch.kernels.delta_rule.pallas_gpu.rows import Factors, Plan
 
 _WARPS = 8
+_COLUMNS = 32  # key channels of a program of the pull-back
 
 
 def decayed(q, k, f: Factors, plan: Plan) -> dict[str, jax.Array]:
@@ -44,23 +45,25 @@ def pull_back(q, k, d_attend, d_key_products, f: Factors, plan: Plan) -> dict[st
 
     Only the strictly lower triangles count; what crosses documents must be 0.
     """
-    b, chunk = Blocks(plan), plan.chunk
+    width = min(_COLUMNS, plan.key)
+    b, chunk = Blocks(plan, width), plan.chunk
     batch, length = q.shape[:2]
-    inputs = _inputs(q, k, f, plan)
-    inputs |= dict(
-        docs=(None, None),
+    inputs = dict(
+        q=(q, b.key_columns()),
+        k=(k, b.key_columns()),
+        coarse=(f.coarse, b.value_columns()),
+        fine=(f.fine, b.value_columns()),
         d_attend=(d_attend, b.tile(chunk, chunk)),
         d_key_products=(d_key_products, b.tile(chunk, chunk)),
     )
     shape = (batch, length, plan.value_heads, plan.key)
-    outputs = {
-        name: (shape, jnp.float32, b.values(plan.key)) for name in ("d_q", "d_reader", "d_writer")
-    }
-    grid = (length // chunk, batch * plan.value_heads)
+    outputs = dict.fromkeys(
+        ("d_q", "d_reader", "d_writer"), (shape, jnp.float32, b.value_columns())
+    )
+    grid = (plan.key // width, length // chunk, batch * plan.value_heads)
     return blocks.call(
         *(_pull_back_kernel, plan, grid, inputs, outputs),
         name="delta_rule_channel_pairs_back",
-        warps=_WARPS,
     )
 
 
@@ -83,16 +86,20 @@ def _inputs(q, k, f, plan):
 
 def _products_kernel(plan, *, q, k, coarse, fine, key_products, attend, docs=None):
     row, column = blocks.positions(plan.chunk)
-    queries, keys = q[...], k[...]
-    own = jnp.sum(queries.astype(jnp.float32) * keys, axis=1)
+    own = jnp.sum(q[...].astype(jnp.float32) * k[...], axis=1)
     seen = jnp.where(row == column, own[:, None], 0.0)
-    products = jnp.zeros((plan.chunk, plan.chunk), jnp.float32)
-    for half in _halves(plan):
-        decay, meets = _level(plan, half, coarse, fine)
-        decayed_keys = (keys * decay).astype(k.dtype)
+
+    def level(n, sums):
+        products, seen = sums
+        decay, meets = _level(plan, n, coarse, fine)
+        decayed_keys = (k[...] * decay).astype(k.dtype)
         left = decayed_keys.T
         products += jnp.where(meets, dot(decayed_keys, left), 0.0)
-        seen += jnp.where(meets, dot((queries * decay).astype(q.dtype), left), 0.0)
+        seen += jnp.where(meets, dot((q[...] * decay).astype(q.dtype), left), 0.0)
+        return products, seen
+
+    products = jnp.zeros((plan.chunk, plan.chunk), jnp.float32)
+    products, seen = jax.lax.fori_loop(0, _levels(plan), level, (products, seen))
     if docs is not None:
         numbers = docs[...]
         is_same = numbers[:, None] == numbers[None, :]
@@ -104,34 +111,41 @@ def _products_kernel(plan, *, q, k, coarse, fine, key_products, attend, docs=Non
 def _pull_back_kernel(
     plan, *, q, k, coarse, fine, d_attend, d_key_products, d_q, d_reader, d_writer
 ):
-    queries, keys, dtype = q[...], k[...], q.dtype
-    sums = [jnp.zeros((plan.chunk, plan.key), jnp.float32)] * 3
-    for half in _halves(plan):
-        decay, meets = _level(plan, half, coarse, fine)
-        decayed_keys = (keys * decay).astype(dtype)
+    dtype = q.dtype
+
+    def level(n, sums):
+        to_q, to_reader, to_writer = sums
+        decay, meets = _level(plan, n, coarse, fine)
+        decayed_keys = (k[...] * decay).astype(dtype)
         met, met_keys = (
             jnp.where(meets, x[...].astype(jnp.float32), 0.0).astype(dtype)
             for x in (d_attend, d_key_products)
         )
-        writer = dot(met.T, (queries * decay).astype(dtype)) + dot(met_keys.T, decayed_keys)
-        parts = (dot(met, decayed_keys), dot(met_keys, decayed_keys), writer)
-        sums = [total + decay * part for total, part in zip(sums, parts)]
+        to_q += decay * dot(met, decayed_keys)
+        to_reader += decay * dot(met_keys, decayed_keys)
+        decayed_queries = (q[...] * decay).astype(dtype)
+        to_writer += decay * (dot(met.T, decayed_queries) + dot(met_keys.T, decayed_keys))
+        return to_q, to_reader, to_writer
+
+    zero = jnp.zeros(q.shape, jnp.float32)
+    sums = jax.lax.fori_loop(0, _levels(plan), level, (zero, zero, zero))
     for ref, total in zip((d_q, d_reader, d_writer), sums):
         ref[...] = total
 
 
-def _halves(plan):
-    return [2**level for level in reversed(range(plan.chunk.bit_length() - 1))]
+def _levels(plan):
+    return plan.chunk.bit_length() - 1
 
 
-def _level(plan, half, coarse, fine):
-    """For halves of so many tokens: the decay of each token to its border [C,K], who meets there."""
+def _level(plan, n, coarse, fine):
+    """Halves of 2^n tokens: the decay of each token to its border [C,K], and who meets there."""
     token = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk,), 0)
-    border = token // (2 * half) * (2 * half) + half - 1
+    half = jnp.left_shift(1, n)
+    border = (token & -(2 * half)) + half - 1
     gap = (coarse[...] - coarse[border, :]) + (fine[...] - fine[border, :])
-    is_right = token // half % 2 == 1
+    is_right = (token & half) != 0
     decay = jnp.exp2(jnp.where(is_right[:, None], gap, -gap))
     row, column = blocks.positions(plan.chunk)
-    is_beside = row // (2 * half) == column // (2 * half)
-    meets = is_beside & (row // half % 2 == 1) & (column // half % 2 == 0)
+    # The highest bit in which the two differ tells where they meet.
+    meets = (row > column) & (jnp.right_shift(row ^ column, n) == 1)
     return decay, meets

@@ -79,21 +79,19 @@ def _prepare_kernel(
     k_read=None,
     key_products=None,
 ):
-    lower = beta[...][:, None] * lower_of(plan, k, coarse, fine, docs, key_products)
-    solve.invert_diagonal_blocks(plan, lower, scratch, inverse)
-    x, m = solve.operators(plan, lower, inverse)
-    reader = k_read[...] if plan.per_channel else read[...][:, None] * k[...]
-    strength = beta[...][:, None]
-    w[...] = solve.solve(x, m, strength * reader).astype(w.dtype)
-    u[...] = solve.solve(x, m, strength * v[...]).astype(u.dtype)
-
-
-def lower_of(plan, k, coarse, fine, docs, key_products):
-    """L / beta, float32 [C,C], from refs."""
+    strength = beta[...]
     if plan.per_channel:
-        return key_products[...]
-    keys = k[...]
-    return dot(keys, keys.T) * blocks.pairs(plan, coarse, fine, docs, strict=True)
+        lower = strength[:, None] * key_products[...]
+    else:
+        row, tile = blocks.pairs_by_row(plan, coarse, fine, docs, strict=True)
+        lower = (strength * row)[:, None] * (dot(k[...], k[...].T) * tile)
+    solve.invert_diagonal_blocks(plan, lower, scratch, inverse)
+    operators = solve.operators(plan, lower, inverse)
+    reading, keys = (strength, k_read) if plan.per_channel else (strength * read[...], k)
+    for factor, source, result in ((reading, keys, w), (strength, v, u)):
+        for own in blocks.columns(source, plan.columns):
+            right = factor[:, None] * source[:, own]
+            result[:, own] = solve.solve(*operators, right).astype(result.dtype)
 
 
 def _advance(w, u, k, f, initial, plan):
@@ -167,15 +165,14 @@ def _attend_kernel(
     docs=None,
     attend=None,
 ):
-    queries = q[...]
-    seen = dot(queries, states[...])
     if plan.per_channel:
-        weights = attend[...]
+        total = plan.scale * (dot(q[...], states[...]) + dot(attend[...], new[...]))
     else:
-        seen *= read[...][:, None]
-        weights = dot(queries, k[...].T) * blocks.pairs(plan, coarse, fine, docs, strict=False)
-    total = seen + dot(weights.astype(new.dtype), new[...])
-    o[...] = (plan.scale * total).astype(o.dtype)
+        row, tile = blocks.pairs_by_row(plan, coarse, fine, docs, strict=False)
+        weights = ((plan.scale * row)[:, None] * (dot(q[...], k[...].T) * tile)).astype(new.dtype)
+        seen = (plan.scale * read[...])[:, None] * dot(q[...], states[...])
+        total = seen + dot(weights, new[...])
+    o[...] = total.astype(o.dtype)
 
 
 def head_factors(f: Factors, b: Blocks, plan: Plan, *names) -> dict:

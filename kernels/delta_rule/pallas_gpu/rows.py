@@ -5,6 +5,7 @@ nothing is moved. T is filled up to whole chunks, widths to powers of two.
 Legend: N chunks of C tokens; H key heads; HV value heads.
 """
 
+import re
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ class Plan(NamedTuple):
     group: int  # value heads that read a key head
     gate: str  # "none", "head" or "channel"
     scale: float
+    columns: int  # of a matrix that are treated at once where registers are short
     interpret: bool
 
     @property
@@ -82,6 +84,7 @@ def run(
         group=value_heads // heads,
         gate="none" if g is None else "channel" if g.ndim == 4 else "head",
         scale=float(scale),
+        columns=128 if _multiplies_from_shared_memory() else 64,
         interpret=interpret,
     )
     if initial_state is None:
@@ -179,6 +182,12 @@ def _check(q, k, v, scale, interpret):
         )
     if isinstance(scale, jax.core.Tracer):
         raise dispatch.Unsupported("scale is a traced value; it must be a number")
+
+
+def _multiplies_from_shared_memory() -> bool:
+    """Hopper (wgmma) and Blackwell (tcgen05) of data centers; others keep operands in registers."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return re.search(r"\bG?[HB]\d+", device.device_kind) is not None  # H100, GH200, B200, ...
 
 
 def _operand_dtype(*arrays):

@@ -41,25 +41,25 @@ def invert_diagonal_blocks(plan, lower, scratch, inverse) -> None:
     blocks.barrier(plan)
 
 
-def operators(plan, lower, inverse) -> tuple[jax.Array, jax.Array]:
-    """X and M, [C,C] in the dtype of the ref `inverse`."""
+def operators(plan, lower, inverse) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """X, -M and M M, [C,C] in the dtype of the ref `inverse`."""
     row, column = blocks.positions(plan.chunk)
     block, other = row // BLOCK, column // BLOCK
     x = plgpu.load(inverse.at[row % BLOCK, column], mask=block == other, other=0.0)
     outside = jnp.where(block > other, lower, 0.0).astype(x.dtype)
-    return x, dot(x, outside).astype(x.dtype)
+    minus_m = -dot(x, outside).astype(x.dtype)
+    return x, minus_m, dot(minus_m, minus_m).astype(x.dtype)
 
 
-def solve(x, m, right) -> jax.Array:
+def solve(x, minus_m, square, right) -> jax.Array:
     """(I + L)^-1 right, float32; operands are rounded to the dtype of X before each product."""
     y = dot(x, right.astype(x.dtype))
-    z = y - dot(m, y.astype(m.dtype))
-    return z + dot(m, dot(m, z.astype(m.dtype)).astype(m.dtype))
+    z = y + dot(minus_m, y.astype(x.dtype))
+    return z + dot(square, z.astype(x.dtype))
 
 
-def solve_transposed(x, m, right) -> jax.Array:
+def solve_transposed(x, minus_m, square, right) -> jax.Array:
     """(I + L)^-T right, float32."""
-    m, right = m.T, right.astype(jnp.float32)
-    y = right + dot(m, dot(m, right.astype(x.dtype)).astype(x.dtype))
-    z = y - dot(m, y.astype(x.dtype))
+    y = right.astype(jnp.float32) + dot(square.T, right.astype(x.dtype))
+    z = y + dot(minus_m.T, y.astype(x.dtype))
     return dot(x.T, z.astype(x.dtype))

@@ -6,20 +6,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch import names
-from effarch.kernels.grouped_matmul import api as grouped_matmul
-from effarch.models.ffns.experts import dispatch
+from effarch.models.ffns.experts import dispatch, products
 from effarch.models.ffns.experts.exchange import Exchange
 from effarch.models.layers import activations
 
 
-class Experts(nnx.Module):
+class Experts(products.GroupedProducts):
     """y = (act(x W_gate) * (x W_up)) W_down, or act(x W_up) W_down, by each row's expert.
 
     6*D*F*K FLOPs per token and 3*D*F*E parameters, two thirds of that without gate.
     """
-
-    quantizer = None
-    """What takes the place of the plain grouped products; given by the builder."""
 
     def __init__(
         self,
@@ -81,18 +77,12 @@ class Experts(nnx.Module):
 
     def _rows(self, weights, x_MD: Float[Array, "M D"], plan: dispatch.Plan):
         """The experts' outputs for the rows of a plan; `weights` may hold a part of the experts."""
-
-        def product(x, name):
-            args = (x, weights[name], plan.group_sizes_E)
-            options = dict(aligned=plan.aligned, backend=self.backend)
-            if self.quantizer is not None:
-                return self.quantizer.grouped(*args, name=name, **options)
-            return grouped_matmul.grouped_matmul(*args, **options)
-
-        up_MF = product(x_MD, "up")
+        h_MF = self.product(x_MD, weights, "up", plan)
         if self.gated:
-            return product(self.activation(product(x_MD, "gate")) * up_MF, "down")
-        return product(self.activation(up_MF), "down")
+            h_MF = self.activation(self.product(x_MD, weights, "gate", plan)) * h_MF
+        else:
+            h_MF = self.activation(h_MF)
+        return self.product(h_MF, weights, "down", plan)
 
     def forward_flops(self, seq_len: int) -> float:
         """Per token, of its `top_k` experts; the sequence length does not matter."""

@@ -12,19 +12,15 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from effarch import names
-from effarch.kernels.grouped_matmul import api as grouped_matmul
 from effarch.kernels.grouped_matmul import rows
-from effarch.models.ffns.experts import dispatch
+from effarch.models.ffns.experts import dispatch, products
 from effarch.models.ffns.experts.exchange import Exchange
 from effarch.models.layers import activations
 
 
-class LatentExperts(nnx.Module):
+class LatentExperts(products.GroupedProducts):
     """With g distinct groups of a token: 4*g*L*D + 4*K*L*F + 2*K*F*D FLOPs per token (version 2:
     6*g*L*D + 6*K*L*F; `tie_in`: less 2*g*L*D), counted with the largest possible g."""
-
-    quantizer = None
-    """What takes the place of the plain grouped products; given by the builder."""
 
     def __init__(
         self,
@@ -119,7 +115,7 @@ class LatentExperts(nnx.Module):
         y_NKL = y_NKL.reshape(*ids_NK.shape, -1) * weights_NK[..., None].astype(y_M.dtype)
         y_NPL = jnp.einsum("nkp,nkl->npl", of_choice_NKP, y_NKL)
         y_M = dispatch.send(y_NPL.reshape(-1, y_NPL.shape[-1]), pairs.per_choice)
-        y_M = self._product(y_M, weights, "latent_out", pairs)
+        y_M = self.product(y_M, weights, "latent_out", pairs)
         ones_NP = jnp.ones(pair_ids_NP.shape, jnp.float32)
         return dispatch.collect(y_M, ones_NP, pairs), plan.is_sent
 
@@ -127,21 +123,14 @@ class LatentExperts(nnx.Module):
         """The latents of each token's groups, [N,P,2 L] (gate first), or [N,P,L] if tied."""
         x_MD = dispatch.send(x_ND.astype(self.dtype), pairs)
         parts = ("latent_in",) if self.tie_in else ("latent_gate", "latent_up")
-        z_MC = jnp.concatenate([self._product(x_MD, weights, p, pairs) for p in parts], axis=-1)
+        z_MC = jnp.concatenate([self.product(x_MD, weights, p, pairs) for p in parts], axis=-1)
         return rows.take(z_MC, pairs.slots_NK.reshape(-1), pairs.choices_M).reshape(*shape, -1)
 
     def _rows(self, weights, z_MC, plan: dispatch.Plan):
         of_gate, of_up = (z_MC, z_MC) if self.tie_in else jnp.split(z_MC, 2, axis=-1)
-        gate_MF = self._product(of_gate, weights, "gate", plan)
-        h_MF = self.activation(gate_MF) * self._product(of_up, weights, "up", plan)
-        return self._product(h_MF, weights, "down", plan)
-
-    def _product(self, x, weights, name: str, plan: dispatch.Plan):
-        args = (x, weights[name], plan.group_sizes_E)
-        options = dict(aligned=plan.aligned, backend=self.backend)
-        if self.quantizer is not None:
-            return self.quantizer.grouped(*args, name=name, **options)
-        return grouped_matmul.grouped_matmul(*args, **options)
+        gate_MF = self.product(of_gate, weights, "gate", plan)
+        h_MF = self.activation(gate_MF) * self.product(of_up, weights, "up", plan)
+        return self.product(h_MF, weights, "down", plan)
 
     def forward_flops(self, seq_len: int) -> float:
         """Per token; the sequence length does not matter."""

@@ -31,11 +31,11 @@ class Context:
         """Constrains x to the mesh by its logical axes, one a dimension."""
         return x if self.layout is None else self.layout.constrain(x, logical)
 
-    def local(self, function, arrays, inputs, outputs):
+    def local(self, function, arrays, inputs, outputs, *, checked=True):
         """`function(*arrays)` on each device's own pieces (`Layout.local`); plain without mesh."""
         if self.layout is None or self.layout.mesh.size == 1:
             return function(*arrays)
-        return self.layout.local(function, arrays, inputs, outputs)
+        return self.layout.local(function, arrays, inputs, outputs, checked)
 
     def token_positions(self, x_BTD: Array) -> Int[Array, "B T"]:
         """`positions`, or 0, 1, 2, ... for every row."""

@@ -81,10 +81,12 @@ class Layout:
         arrays: Sequence[Array | None],
         inputs: Sequence[Logical],
         outputs: Sequence[Logical],
+        checked: bool = True,
     ) -> tuple[Array, ...]:
         """`function(*arrays)` on each device's own pieces, for what needs no word from other devices.
 
         `inputs` and `outputs` are the logical axes of the arrays (None stays None) and of the results.
+        `checked` False: kernels of others, which do not say over which axes their results vary, may run.
         """
         given = [index for index, array in enumerate(arrays) if array is not None]
 
@@ -97,6 +99,7 @@ class Layout:
             mesh=self.mesh,
             in_specs=tuple(self.spec(inputs[index]) for index in given),
             out_specs=tuple(self.spec(logical) for logical in outputs),
+            check_vma=checked,
         )(*(arrays[index] for index in given))
 
     def parts(self, *logical: str) -> int:

@@ -14,6 +14,8 @@ from effarch.kernels import dispatch
 from effarch.kernels.quantize.api import QuantizedArray
 
 BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+MOST_ROWS = 512
+"""Of a, for the kernels: with more, b's bytes are read little and its blocks taken apart often."""
 
 
 def block_matmul(

@@ -28,6 +28,11 @@ class Operands(NamedTuple):
 
 def read(a: QuantizedArray, b: QuantizedArray, size: int) -> Operands:
     """Raises `Unsupported` for formats that the kernels do not take."""
+    if a.codes.shape[0] > api.MOST_ROWS:
+        raise dispatch.Unsupported(
+            f"with {a.codes.shape[0]} rows, more than {api.MOST_ROWS}, it is faster to take the blocks "
+            "apart once"
+        )
     for x in (a, b):
         if x.format.element.name not in _ELEMENTS:
             raise dispatch.Unsupported(f"elements are {x.format.element.name}, not e4m3 or e2m1")

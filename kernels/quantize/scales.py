@@ -4,6 +4,8 @@ Everything in float32. A division by a constant in bfloat16 can pick the wrong p
 log2 near one: exponents are read from the bits.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,13 +42,17 @@ def of_tensor(largest: jax.Array, fmt: Format) -> jax.Array:
 
 
 def of_blocks(
-    amax: jax.Array, fmt: Format, shrink: float, tensor: jax.Array | None = None
+    amax: jax.Array,
+    fmt: Format,
+    shrink: float,
+    tensor: jax.Array | None = None,
+    even: Callable[[jax.Array], jax.Array] = jnp.round,
 ) -> tuple[jax.Array, jax.Array | np.float32]:
     """(block scale, tensor scale): x is about element * block scale * tensor scale.
 
     `amax` holds each block's largest magnitude; `shrink` is 1 or the format's headroom; `tensor` is
     `of_tensor`'s if `amax` holds but a part of the blocks. A block of zeros has a scale that is not
-    zero, and an infinite amax counts as the largest float32.
+    zero, and an infinite amax counts as the largest float32. `even`: as in `rounding.nearest`.
     """
     amax = jnp.minimum(amax, _LARGEST)
     largest = fmt.element.max
@@ -61,5 +67,6 @@ def of_blocks(
         return power_of_two(raw), np.float32(1 / shrink)
     tensor = of_tensor(jnp.max(amax), fmt) if tensor is None else tensor
     top = ELEMENTS["e4m3"].max
-    block = rounding.nearest(jnp.minimum(amax / (largest * shrink) / tensor, top), ELEMENTS["e4m3"])
+    share = jnp.minimum(amax / (largest * shrink) / tensor, top)
+    block = rounding.nearest(share, ELEMENTS["e4m3"], even=even)
     return jnp.where(block > 0, block, 1.0), tensor

@@ -27,7 +27,7 @@ def round_blocks(blocks, within, fmt, shrink, ties, noise, tensor=None, even=jnp
     `blocks` is but a part of it. `even` rounds to whole numbers, ties to even ones.
     """
     amax = jnp.max(jnp.abs(blocks), axis=within, keepdims=True)
-    block, tensor = scales.of_blocks(amax, fmt, shrink, tensor)
+    block, tensor = scales.of_blocks(amax, fmt, shrink, tensor, even)
     scaled = blocks / (block if fmt.scale == "float32" else block * tensor)
     if noise is None:
         return rounding.nearest(scaled, fmt.element, ties, even), block, tensor

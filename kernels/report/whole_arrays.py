@@ -1,4 +1,4 @@
-"""Cases that are not recurrences over heads: rounding, optimizer states, products of blocks, thresholds.
+"""Cases that are not recurrences over heads: rounding, optimizer states, thresholds.
 
 Rows are the B T tokens, columns the H K channels, so that a figure "per token and head" is that of K
 numbers of a row.
@@ -48,20 +48,6 @@ def _coat_adam(rows, columns, dtype, array, backend):
     return run, (array(rows, columns), moment, moment, array(dtype=jnp.int32))
 
 
-def _block_matmul(rows, columns, dtype, array, backend):
-    """MXFP8 times MXFP8, a square matrix of weights."""
-
-    def stored(shape, axis):
-        x = jax.ShapeDtypeStruct(shape, jnp.float32)
-        found = jax.eval_shape(lambda x: kernels.quantize(x, "mxfp8", axis=axis, backend="xla"), x)
-        return jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), found)
-
-    return (
-        lambda a, b: kernels.block_matmul(a, b, dtype=dtype, backend=backend),
-        (stored((rows, columns), 1), stored((columns, columns), 0)),
-    )
-
-
 def _top_k(rows, columns, dtype, array, backend):
     """8 % of a row."""
     return (
@@ -74,7 +60,6 @@ PROGRAMS = {
     "quantize": (_quantize, "quantize"),
     "hadamard": (_hadamard, "hadamard"),
     "coat_adam": (_coat_adam, "coat"),
-    "block_matmul": (_block_matmul, "block_matmul"),
     "top_k": (_top_k, "topk"),
 }
 """name: (maker of (function, arguments), folder of its sources)."""

@@ -36,7 +36,7 @@ def run(gathered: Callable, gate, x, up, down):
 
 def check(x, up, down, multiple: int) -> None:
     """Raises `Unsupported` for widths and types that the kernels do not take."""
-    widths = up.shape[1], down.shape[1]
+    widths = up.size // len(up), down.size // len(down)
     if any(width % multiple for width in widths):
         raise dispatch.Unsupported(
             f"rows of {widths[0]} and {widths[1]} are not multiples of {multiple}"

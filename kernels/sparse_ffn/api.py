@@ -22,8 +22,8 @@ MOST_ACTIVE = 0.75
 def sparse_ffn(
     gate: Float[Array, "B F"],
     x: Float[Array, "B P"],
-    up: Float[Array, "F P"],
-    down: Float[Array, "F D"],
+    up: Float[Array, "F ..."],
+    down: Float[Array, "F ..."],
     *,
     backend: str | None = None,
 ) -> Float[Array, "B D"]:
@@ -34,13 +34,16 @@ def sparse_ffn(
     Weights may be of another dtype than x; what is read is cast. Meant for decoding: values and
     forward derivatives only, and of the Pallas kernels values only. Raises ValueError for shapes
     that do not fit.
+
+    A table may be folded, [F, width / 128, 128]: on TPUs a row can be fetched alone only from such a
+    one, so for others `backend=None` takes "xla" there.
     """
     gate, x, up, down = (jnp.asarray(array) for array in (gate, x, up, down))
-    are_matrices = gate.ndim == x.ndim == up.ndim == down.ndim == 2
+    are_arrays = gate.ndim == x.ndim == 2 and {up.ndim, down.ndim} <= {2, 3}
     if (
-        not are_matrices
+        not are_arrays
         or gate.shape != (x.shape[0], up.shape[0])
-        or x.shape[1] != up.shape[1]
+        or x.shape[1] != up.size // max(len(up), 1)
         or down.shape[0] != up.shape[0]
     ):
         raise ValueError(
@@ -48,6 +51,11 @@ def sparse_ffn(
             "fit; give gate [B,F], x [B,P], up [F,P] and down [F,D]."
         )
     return dispatch.call("sparse_ffn", "sparse_ffn", BACKENDS, backend, gate, x, up, down)
+
+
+def unfolded(table: jax.Array) -> Float[Array, "F width"]:
+    """A table as a matrix."""
+    return table.reshape(len(table), -1)
 
 
 def may_pay(num_tokens: int) -> bool:

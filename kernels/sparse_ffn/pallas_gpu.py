@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from effarch.kernels import dispatch, platform, varying
 from effarch.kernels.chunked import tpu_rows
-from effarch.kernels.sparse_ffn import active_rows
+from effarch.kernels.sparse_ffn import active_rows, api
 
 _ROWS = 32
 _DEEP, _WIDE = 64, 64
@@ -24,6 +24,7 @@ def sparse_ffn(gate, x, up, down, *, interpret=False):
     """See `api.sparse_ffn`. `interpret` runs the kernels without a GPU: for tests."""
     if not interpret and platform.current() != "gpu":
         raise dispatch.Unsupported(f"it runs on GPUs, and this program is for {platform.current()}")
+    up, down = api.unfolded(up), api.unfolded(down)
     active_rows.check(x, up, down, _DEEP)
 
     def gathered(*args):

@@ -1,7 +1,7 @@
 """The sparse feed-forward on TPUs: rows of active neurons are fetched one by one, a block ahead of use.
 
-A row must be contiguous to be fetched alone, so tables are read as [F, width / 128, 128]. A caller that
-keeps them as [F, width] pays for laying them out anew, once for a decoding loop.
+A row must be contiguous to be fetched alone, so the tables must be kept as [F, width / 128, 128]. The
+compiler would lay out others anew for every token, which costs more than reading all of them.
 """
 
 import jax
@@ -22,6 +22,11 @@ def sparse_ffn(gate, x, up, down, *, interpret=False):
     if not interpret and platform.current() != "tpu":
         raise dispatch.Unsupported(f"it runs on TPUs, and this program is for {platform.current()}")
     active_rows.check(x, up, down, _LANES)
+    if any(table.ndim != 3 or table.shape[2] != _LANES for table in (up, down)):
+        raise dispatch.Unsupported(
+            f"tables are {up.shape} and {down.shape}, and rows can be fetched only from tables kept as "
+            f"[F, width / {_LANES}, {_LANES}]"
+        )
 
     def gathered(*args):
         return _gathered(*args, interpret)
@@ -30,8 +35,7 @@ def sparse_ffn(gate, x, up, down, *, interpret=False):
 
 
 def _gathered(index_N, count, gate_BN, x, up, down, interpret):
-    B, width = x.shape[0], down.shape[1]
-    tables = [table.reshape(len(table), -1, _LANES) for table in (up, down)]
+    B, width, tables = x.shape[0], down.shape[1] * _LANES, (up, down)
     gate_NBJ = gate_BN.reshape(B, -1, ROWS).swapaxes(0, 1)
     arrays = varying.align([index_N, count[None], gate_NBJ, x, *tables])
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)

@@ -17,6 +17,7 @@ ROWS = 64  # two blocks of 64 rows of 1 to 4 thousand numbers stay in a core's c
 
 def sparse_ffn(gate, x, up, down):
     """See `api.sparse_ffn`."""
+    up, down = api.unfolded(up), api.unfolded(down)
     is_active_F = jnp.any(gate != 0, axis=0)
     pays = api.pays(jnp.sum(is_active_F), up.shape[0])
     return jax.lax.cond(pays, _gathered, _in_order, is_active_F, gate, x, up, down)

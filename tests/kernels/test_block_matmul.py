@@ -79,3 +79,7 @@ def test_what_does_not_fit_is_said():
     for name in ("tpu", "gpu"):
         with pytest.raises(dispatch.Unsupported, match=f"runs on {name.upper()}s"):
             block_matmul(a, b, backend=f"pallas_{name}")
+    many = jax.eval_shape(lambda x: quantize(x, "mxfp8"), jnp.zeros((1024, 64)))
+    for module in (pallas_tpu, pallas_gpu):
+        with pytest.raises(dispatch.Unsupported, match="with 1024 rows, more than 512"):
+            module.block_matmul(many, b, 32, interpret=True)

@@ -75,7 +75,7 @@ OPS = {
     "top_k": lambda: (top_k, (array(T, 13824, dtype=NARROW), array(T, 13824, dtype=NARROW))),
     "sparse_ffn": lambda: (
         lambda *x: kernels.sparse_ffn(*x, backend=backend),
-        [array(*shape, dtype=NARROW) for shape in ((2, F), (2, 256), (F, 256), (F, D))],
+        [array(*s, dtype=NARROW) for s in ((2, F), (2, 256), (F, 2, 128), (F, D // 128, 128))],
     ),
 }
 with platform.tracing_for(kind), jax.sharding.set_mesh(mesh):

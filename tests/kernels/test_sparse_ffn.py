@@ -77,9 +77,11 @@ def test_work_of_a_turn_is_that_of_its_rows():
 
 @jax.jit
 def kernels(gate, x, up, down):
+    folded = [table.reshape(len(table), -1, 128) for table in (up, down)]
     return {
-        name: module.sparse_ffn(gate, x, up, down, interpret=True)
-        for name, module in (("tpu", pallas_tpu), ("gpu", pallas_gpu))
+        "tpu": pallas_tpu.sparse_ffn(gate, x, *folded, interpret=True),
+        "gpu": pallas_gpu.sparse_ffn(gate, x, up, down, interpret=True),
+        "xla, folded": sparse_ffn(gate, x, *folded),
     }
 
 
@@ -114,6 +116,8 @@ def test_what_the_kernels_do_not_take_is_said():
             sparse_ffn(*inputs(0.1), backend=f"pallas_{name}")
         with pytest.raises(dispatch.Unsupported, match="rows of 24 and 40 are not multiples"):
             module.sparse_ffn(*map(jnp.asarray, inputs(0.1)), interpret=True)
+    with pytest.raises(dispatch.Unsupported, match="only from tables kept as"):
+        pallas_tpu.sparse_ffn(*map(jnp.asarray, inputs(0.1, 128, 256)), interpret=True)
 
 
 def test_wrong_shapes_are_named():

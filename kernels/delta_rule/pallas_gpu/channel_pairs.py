@@ -91,14 +91,12 @@ def _products_kernel(plan, *, q, k, coarse, fine, key_products, attend, docs=Non
 
     def level(n, sums):
         products, seen = sums
-        by_keys, by_queries = 0.0, 0.0
-        for own in blocks.columns(k, plan.columns):
-            decay = _decay(n, coarse, fine, own)
-            decayed_keys = (k[:, own] * decay).astype(k.dtype)
-            by_keys += dot(decayed_keys, decayed_keys.T)
-            by_queries += dot((q[:, own] * decay).astype(q.dtype), decayed_keys.T)
-        meets = _meets(plan, n)
-        return products + jnp.where(meets, by_keys, 0.0), seen + jnp.where(meets, by_queries, 0.0)
+        decay, meets = _level(plan, n, coarse, fine)
+        decayed_keys = (k[...] * decay).astype(k.dtype)
+        left = decayed_keys.T
+        products += jnp.where(meets, dot(decayed_keys, left), 0.0)
+        seen += jnp.where(meets, dot((q[...] * decay).astype(q.dtype), left), 0.0)
+        return products, seen
 
     products = jnp.zeros((plan.chunk, plan.chunk), jnp.float32)
     products, seen = jax.lax.fori_loop(0, _levels(plan), level, (products, seen))
@@ -117,7 +115,7 @@ def _pull_back_kernel(
 
     def level(n, sums):
         to_q, to_reader, to_writer = sums
-        decay, meets = _decay(n, coarse, fine, slice(None)), _meets(plan, n)
+        decay, meets = _level(plan, n, coarse, fine)
         decayed_keys = (k[...] * decay).astype(dtype)
         met, met_keys = (
             jnp.where(meets, x[...].astype(jnp.float32), 0.0).astype(dtype)
@@ -139,17 +137,15 @@ def _levels(plan):
     return plan.chunk.bit_length() - 1
 
 
-def _decay(n, coarse, fine, own):
-    """Of each token, in halves of 2^n tokens, to its border [C,...]; `own` are the key channels."""
-    token = jax.lax.broadcasted_iota(jnp.int32, (coarse.shape[0],), 0)
+def _level(plan, n, coarse, fine):
+    """Halves of 2^n tokens: the decay of each token to its border [C,K], and who meets there."""
+    token = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk,), 0)
     half = jnp.left_shift(1, n)
     border = (token & -(2 * half)) + half - 1
-    gap = (coarse[:, own] - coarse[border, own]) + (fine[:, own] - fine[border, own])
+    gap = (coarse[...] - coarse[border, :]) + (fine[...] - fine[border, :])
     is_right = (token & half) != 0
-    return jnp.exp2(jnp.where(is_right[:, None], gap, -gap))
-
-
-def _meets(plan, n):
-    """Whether two tokens meet between halves of 2^n: the highest bit in which they differ is bit n."""
+    decay = jnp.exp2(jnp.where(is_right[:, None], gap, -gap))
     row, column = blocks.positions(plan.chunk)
-    return (row > column) & (jnp.right_shift(row ^ column, n) == 1)
+    # The highest bit in which the two differ tells where they meet.
+    meets = (row > column) & (jnp.right_shift(row ^ column, n) == 1)
+    return decay, meets

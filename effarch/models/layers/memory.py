@@ -43,27 +43,39 @@ class Memory(nnx.Module):
         fade = self._fade(g, v, ctx)
         new_v = v if fade is None else v - self._recall(k, fade.tokens).astype(v.dtype)
 
-        def kernel(q, k, v, g, beta, **options):
+        def rows(q, k, v, g, beta, **options):
             return delta_rule.gated_delta_rule(q, k, v, beta, g, **options)
 
-        return self._run(kernel, (q, k, new_v, g, beta), fade, None, ctx, cache)
+        def token(state, q, k, v, g, beta, **options):
+            return delta_rule.gated_delta_rule_step(state, q, k, v, beta, g, **options)
+
+        return self._run(rows, token, (q, k, new_v, g, beta), fade, None, ctx, cache)
 
     def linear_attention(self, q, k, v, g, ctx: Context, cache: dict | None, scale=None):
         """`kernels.linear_attention` and the next cache (None without a cache)."""
         fade = self._fade(g, v, ctx)
-        return self._run(linear_attention.linear_attention, (q, k, v, g), fade, scale, ctx, cache)
+        rows, token = linear_attention.linear_attention, linear_attention.linear_attention_step
+        return self._run(rows, token, (q, k, v, g), fade, scale, ctx, cache)
 
-    def _run(self, kernel, arrays, fade, scale, ctx: Context, cache: dict | None):
-        """Every device has its rows and heads, and where time is cut a piece of it."""
+    def _run(self, rows, token, arrays, fade, scale, ctx: Context, cache: dict | None):
+        """Every device has its rows and heads, and where time is cut a piece of it.
+
+        `rows` is the kernel of whole rows, `token` that of one token when decoding.
+        """
         q, _, _, g, *per_token = arrays
         scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-        options = dict(scale=scale, chunk_size=self.chunk_size, backend=self.backend)
-        kernel = functools.partial(kernel, **options)
+        options = dict(scale=scale, backend=self.backend)
+        kernel = functools.partial(rows, chunk_size=self.chunk_size, **options)
 
         is_cut = ctx.layout is not None and ctx.layout.parts("time") > 1
+        is_token = cache is not None and q.shape[1] == 1 and ctx.segment_ids is None
 
         def on_pieces(initial_state, segment_ids, *arrays):
+            if is_token and self.backend in (None, "xla"):
+                one = (x if x is None or x.ndim == 1 else x[:, 0] for x in arrays)
+                o, state = token(initial_state, *one, **options)
+                return o[:, None], state
             if is_cut:
                 (axes,) = ctx.layout.mesh_axes(("time",))
                 return time_pieces.run(kernel, arrays, initial_state, segment_ids, axes)

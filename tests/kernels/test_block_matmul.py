@@ -18,7 +18,7 @@ FORMATS = {
     "nvfp4 tiles": ("nvfp4", (0, 1)),
     "deepseek": ("deepseek", (0, 1)),
 }
-SLOW = (pytest.mark.slow, pytest.mark.ci)
+SLOW = pytest.mark.slow
 
 
 def matrices():

@@ -13,7 +13,7 @@ from effarch.kernels.quantize import api, formats, pallas_gpu, pallas_tpu, refer
 
 KERNELS = {"tpu": pallas_tpu, "gpu": pallas_gpu}
 TRANSFORMS = {"tpu": hadamard_tpu, "gpu": hadamard_gpu}
-SLOW = (pytest.mark.slow, pytest.mark.ci)
+SLOW = pytest.mark.slow
 CASES = {
     # format, axis, stochastic, transform; both axes, all scale rules, every way to round
     "mxfp4": ("mxfp4", 1, True, 32),

@@ -20,6 +20,8 @@ from absl import logging
 
 FILE_NAME = "metrics.jsonl"
 KINDS = ("train", "eval", "rounding")
+_EVENT_SECONDS = 5.0
+"""How long TensorBoard's events wait for their file at the most."""
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -52,6 +54,7 @@ class MetricsWriter:
                 purge_step=start_step + 1 if start_step else 0,
                 # The library's file names count seconds: two starts within one would share a file.
                 filename_suffix=f".{time.time_ns()}",
+                flush_secs=_EVENT_SECONDS,
             )
 
     def write(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
@@ -70,11 +73,12 @@ class MetricsWriter:
                 self._events.add_scalar(f"{kind}/{name}", value, int(step))
 
     def sync(self) -> None:
-        """Returns once everything written is on the disk, so that a checkpoint may follow."""
+        """Returns once metrics.jsonl is on the disk, so that a checkpoint may follow.
+
+        TensorBoard's events go through a thread of their own and follow within seconds.
+        """
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._events is not None:
-            self._events.flush()
 
     def close(self) -> None:
         """Closes both files; a second call does nothing."""

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -203,9 +204,12 @@ def test_tensorboard_gets_every_scalar_and_is_purged_on_resume(tmp_path):
     assert starts == [0, 2]  # the second start hides everything of step 2 and later before it
 
 
-def test_sync_brings_events_to_the_file_before_a_checkpoint(tmp_path):
+def test_events_reach_their_file_by_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "_EVENT_SECONDS", 0.05)
     with writers.MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 2.5})
-        writer.sync()
-        tags = [v.tag for e in _events(tmp_path / "tensorboard") for v in e.summary.value]
+        tags, deadline = [], time.monotonic() + 30
+        while not tags and time.monotonic() < deadline:
+            time.sleep(0.05)
+            tags = [v.tag for e in _events(tmp_path / "tensorboard") for v in e.summary.value]
         assert tags == ["train/loss"]

@@ -73,6 +73,12 @@ def effort(rows: Sequence[Mapping]) -> str:
     return f"{len(rows)} runs, {sum(row['seconds'] for row in rows) / 60:.0f} min in all."
 
 
+def ranged(values: Sequence[float]) -> str:
+    """The mean, and behind it the range over seeds if there are several."""
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
 def interval(values: np.ndarray) -> str:
     """Mean and 95 % interval over seeds; one value alone, nothing of none."""
     if len(values) < 2:

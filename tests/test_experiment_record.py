@@ -38,6 +38,8 @@ def test_what_an_interval_says_of_a_claim():
     assert experiment_record.interval(values) == "-0.0300 (-0.0548 to -0.0052)"
     assert experiment_record.interval(values[:1]) == "-0.0200"
     assert experiment_record.interval(values[:0]) == ""
+    assert experiment_record.ranged(values) == "-0.030 (-0.040 to -0.020)"
+    assert experiment_record.ranged([0.5]) == "0.500"
 
 
 def test_panels_are_saved_where_the_block_ends(tmp_path):

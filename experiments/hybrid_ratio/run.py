@@ -11,8 +11,6 @@ import collections
 import pathlib
 
 import grid
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from effarch import experiment_record, experiment_runs
@@ -41,11 +39,11 @@ def cells(seeds: int) -> list[dict]:
 def main() -> None:
     flags = experiment_runs.parser(__doc__, runs="runs/hybrid_ratio", seeds=1)
     options = flags.parse_args()
-    runs = {_folder(options.runs, cell): cell for cell in cells(options.seeds)}
-    summaries = experiment_runs.collect(
-        {folder: _flags(cell) for folder, cell in runs.items()}, options
-    )
-    found = [runs[folder] | _figures(runs[folder], x) for folder, x in summaries.items()]
+    named = {"{data}-{mixer}-{attention}-seed{seed}".format(**x): x for x in cells(options.seeds)}
+    found = [
+        cell | _figures(cell, summary)
+        for cell, _, summary in experiment_runs.finished(named, _flags, options)
+    ]
     if found:
         experiment_record.write_json(HERE / "results/runs.json", {"runs": found})
         tables = {data: _table(found, data) for data in DATA}
@@ -53,13 +51,8 @@ def main() -> None:
         _draw(tables)
 
 
-def _folder(runs: pathlib.Path, cell: dict) -> pathlib.Path:
-    return runs / "{data}-{mixer}-{attention}-seed{seed}".format(**cell)
-
-
-def _flags(cell: dict) -> list[str]:
-    switches = "mixer={mixer},attention={attention},data={data}".format(**cell)
-    return [f"--config={HERE / 'grid.py'}:{switches}", f"--config.seed={cell['seed']}"]
+def _flags(seed: int, **switches) -> list[str]:
+    return experiment_runs.flags(HERE / "grid.py", seed, **switches)
 
 
 def _figures(cell: dict, summary: dict) -> dict:
@@ -81,7 +74,7 @@ def _table(found: list[dict], data: str) -> dict[tuple[str, int], list[float]]:
 def _write(tables: dict, found: list[dict]) -> None:
     for data, table in tables.items():
         rows = [
-            [mixer, *(_text(table.get((mixer, share))) for share in SHARES)]
+            [mixer, *(_cell(table, mixer, share) for share in SHARES)]
             for mixer in MIXERS
             if any((mixer, share) in table for share in SHARES[:-1])
         ]
@@ -94,12 +87,9 @@ def _write(tables: dict, found: list[dict]) -> None:
     experiment_record.write_text(HERE / "README.md", "verdict", _verdict(tables, found))
 
 
-def _text(values: list[float] | None) -> str:
-    """The mean, and the range over seeds."""
-    if not values:
-        return ""
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+def _cell(table: dict, mixer: str, share: int) -> str:
+    values = table.get((mixer, share))
+    return experiment_record.ranged(values) if values else ""
 
 
 def _mean(table: dict, share: int) -> float | None:
@@ -116,9 +106,8 @@ def _seeds(table: dict, share: int) -> str:
 
 
 def _verdict(tables: dict, found: list[dict]) -> str:
-    minutes = sum(run["seconds"] for run in found) / 60
     loss, recall = ([_mean(tables[data], share) for share in SHARES] for data in DATA)
-    start = f"{len(found)} runs, {minutes:.0f} min in all. "
+    start = f"{experiment_record.effort(found)} "
     if None in loss or None in recall:
         return start + "No verdict yet: no mixer has every share."
     hybrids = loss[1:-1]
@@ -140,19 +129,17 @@ def _verdict(tables: dict, found: list[dict]) -> str:
 
 
 def _draw(tables: dict) -> None:
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     labels = {"text": "bits per byte of held-out text", "recall": "accuracy of recall"}
-    for panel, (data, table) in zip(axes, tables.items()):
-        for mixer in MIXERS:
-            points = [(s, np.mean(table[mixer, s])) for s in SHARES if (mixer, s) in table]
-            if len(points) > 1:
-                panel.plot(*zip(*points), marker="o", ms=4, label=mixer)
-        panel.set(xlabel=f"layers of full attention of {MOST}", xticks=SHARES, ylabel=labels[data])
-    if axes[0].lines:
-        axes[0].legend(frameon=False, fontsize=8)
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/ratio.png", dpi=120)
+    with experiment_record.panels(HERE / "figures/ratio.png", 2, size=(10, 3.8)) as axes:
+        for panel, (data, table) in zip(axes, tables.items()):
+            for mixer in MIXERS:
+                points = [(s, np.mean(table[mixer, s])) for s in SHARES if (mixer, s) in table]
+                if len(points) > 1:
+                    panel.plot(*zip(*points), marker="o", ms=4, label=mixer)
+            across = f"layers of full attention of {MOST}"
+            panel.set(xlabel=across, xticks=SHARES, ylabel=labels[data])
+        if axes[0].lines:
+            axes[0].legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":

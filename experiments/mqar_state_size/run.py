@@ -10,8 +10,6 @@ come from whatever is finished; --write_only trains nothing.
 import collections
 import pathlib
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from effarch import experiment_record, experiment_runs, sweeps
@@ -47,25 +45,20 @@ def grid(seeds: int) -> sweeps.Runs:
 def main() -> None:
     flags = experiment_runs.parser(__doc__, runs="runs/mqar_state_size", seeds=2)
     options = flags.parse_args()
-    runs = {_folder(options.runs, run): run for run in grid(options.seeds)}
-    summaries = experiment_runs.collect(
-        {folder: _flags(run) for folder, run in runs.items()}, options
-    )
-    found = [runs[folder] | _figures(x) for folder, x in summaries.items()]
+    cells = {"{mixer}-{head_dim}-seed{seed}".format(**cell): cell for cell in grid(options.seeds)}
+    found = [
+        cell | _figures(summary)
+        for cell, _, summary in experiment_runs.finished(cells, _flags, options)
+    ]
     if found:
         experiment_record.write_json(HERE / "results/runs.json", {"runs": found})
         _write(found)
         _draw(found)
 
 
-def _folder(runs: pathlib.Path, run: dict) -> pathlib.Path:
-    return runs / "{mixer}-{head_dim}-seed{seed}".format(**run)
-
-
-def _flags(run: dict) -> list[str]:
+def _flags(mixer: str, head_dim: int, seed: int) -> list[str]:
     return [
-        "--config=tasks:task=mqar,mixer={mixer},head_dim={head_dim}".format(**run),
-        f"--config.seed={run['seed']}",
+        *experiment_runs.flags("tasks", seed, task="mqar", mixer=mixer, head_dim=head_dim),
         "--config.eval.every_steps=0",
         "--config.checkpoint.every_steps=0",
         "--config.log.tensorboard=false",
@@ -100,9 +93,11 @@ def _write(found: list[dict]) -> None:
     for mixer in ("attention", *RECURRENT):
         for head_dim in sorted(HEAD_DIMS):
             if values := cells["accuracy"].get((mixer, head_dim)):
-                by_pairs = [_text(cells[str(num)][mixer, head_dim]) for num in PAIRS]
+                by_pairs = [
+                    experiment_record.ranged(cells[str(num)][mixer, head_dim]) for num in PAIRS
+                ]
                 size = f"{state_size(mixer, head_dim):,}"
-                rows.append([mixer, size, _text(values), *by_pairs, len(values)])
+                rows.append([mixer, size, experiment_record.ranged(values), *by_pairs, len(values)])
     header = [
         "mixer",
         "numbers in the state",
@@ -112,12 +107,6 @@ def _write(found: list[dict]) -> None:
     ]
     experiment_record.write_table(HERE / "README.md", "accuracy", header, rows)
     experiment_record.write_text(HERE / "README.md", "verdict", _verdict(cells["accuracy"], found))
-
-
-def _text(values: list[float]) -> str:
-    """The mean, and the range over seeds."""
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
 
 
 def _verdict(cells: dict, found: list[dict]) -> str:
@@ -140,7 +129,7 @@ def _verdict(cells: dict, found: list[dict]) -> str:
     attention = [value for (mixer, _), value in mean.items() if mixer == "attention"]
     best = max((value for (mixer, _), value in mean.items() if mixer != "attention"), default=None)
     parts = [
-        f"{len(found)} runs, {sum(run['seconds'] for run in found) / 60:.0f} min in all. "
+        f"{experiment_record.effort(found)} "
         f"**Verdict.** Of the {len(holds) + len(fails)} orders expected at equal state size "
         f"{len(holds)} are found, ties within {TIE} included."
     ]
@@ -161,24 +150,23 @@ def _verdict(cells: dict, found: list[dict]) -> str:
 
 
 def _draw(found: list[dict]) -> None:
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(1, len(PAIRS), figsize=(11, 3.6), sharey=True, layout="constrained")
-    for panel, num in zip(axes, PAIRS):
-        cells = _table(found, str(num))
-        for mixer in ("attention", *RECURRENT):
-            points = sorted(
-                (state_size(m, k), np.mean(v)) for (m, k), v in cells.items() if m == mixer
-            )
-            if points:
-                panel.plot(*zip(*points), marker="o", ms=4, label=mixer)
-        panel.set(xscale="log", title=f"{num} pairs", xlabel="numbers in the state", ylim=(0, 1.02))
-        panel.minorticks_off()
-        sizes = [state_size("", head_dim) for head_dim in sorted(HEAD_DIMS)]
-        panel.set_xticks(sizes, labels=map(str, sizes))
-    axes[0].set_ylabel("accuracy")
-    axes[-1].legend(frameon=False, fontsize=8)
-    (HERE / "figures").mkdir(exist_ok=True)
-    figure.savefig(HERE / "figures/accuracy.png", dpi=120)
+    path = HERE / "figures/accuracy.png"
+    with experiment_record.panels(path, len(PAIRS), size=(11, 3.6), sharey=True) as axes:
+        for panel, num in zip(axes, PAIRS):
+            _draw_panel(panel, num, _table(found, str(num)))
+        axes[0].set_ylabel("accuracy")
+        axes[-1].legend(frameon=False, fontsize=8)
+
+
+def _draw_panel(panel, num: int, cells: dict) -> None:
+    for mixer in ("attention", *RECURRENT):
+        points = sorted((state_size(m, k), np.mean(v)) for (m, k), v in cells.items() if m == mixer)
+        if points:
+            panel.plot(*zip(*points), marker="o", ms=4, label=mixer)
+    panel.set(xscale="log", title=f"{num} pairs", xlabel="numbers in the state", ylim=(0, 1.02))
+    panel.minorticks_off()
+    sizes = [state_size("", head_dim) for head_dim in sorted(HEAD_DIMS)]
+    panel.set_xticks(sizes, labels=map(str, sizes))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import numpy as np
 from effarch import experiment_record, experiment_runs
 
 HERE = pathlib.Path(__file__).resolve().parent
-TASKS = HERE.parents[1] / "configs/tasks.py"
 MIXERS = ("delta_net", "gated_delta_net")
 TRAINED = 32
 LENGTHS = (TRAINED, 64, 256)
@@ -29,22 +28,18 @@ CELLS = [(mixer, negative) for mixer in MIXERS for negative in (False, True)]
 def main() -> None:
     flags = experiment_runs.parser(__doc__, runs="runs/parity", seeds=3)
     options = flags.parse_args()
-    runs = {
-        options.runs / f"{mixer}-{'negative' if negative else 'positive'}-seed{seed}": {
+    cells = {
+        f"{mixer}-{'negative' if negative else 'positive'}-seed{seed}": {
             "mixer": mixer,
             "negative": negative,
             "seed": seed,
         }
         for seed in range(options.seeds)
-        for mixer in MIXERS
-        for negative in (False, True)
+        for mixer, negative in CELLS
     }
-    summaries = experiment_runs.collect(
-        {folder: _flags(**cell) for folder, cell in runs.items()}, options
-    )
     found = [
-        runs[folder] | {"accuracy": _accuracy(folder), "seconds": summary["seconds"]}
-        for folder, summary in summaries.items()
+        cell | {"accuracy": _accuracy(folder), "seconds": summary["seconds"]}
+        for cell, folder, summary in experiment_runs.finished(cells, _flags, options)
     ]
     if found:
         experiment_record.write_json(HERE / "results/runs.json", {"runs": found})
@@ -53,10 +48,9 @@ def main() -> None:
 
 def _flags(mixer: str, negative: bool, seed: int) -> list[str]:
     return [
-        f"--config={TASKS}:task=state_tracking,mixer={mixer}",
+        *experiment_runs.flags("tasks", seed, task="state_tracking", mixer=mixer),
         "--config.data.task.state_tracking.group=Z2",
         f"--config.model.blocks.{mixer}.allow_neg_eigval={negative}",
-        f"--config.seed={seed}",
     ]
 
 
@@ -97,8 +91,7 @@ def _write(found: list[dict]) -> None:
 
 
 def _verdict(found: list[dict]) -> str:
-    minutes = sum(run["seconds"] for run in found) / 60
-    start = f"{len(found)} runs, {minutes:.0f} min in all. "
+    start = f"{experiment_record.effort(found)} "
     if not all(len(_scaled(found, *cell, TRAINED)) for cell in CELLS):
         return start + "No verdict yet: not every cell has a run."
     sentences = []

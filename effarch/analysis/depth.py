@@ -42,7 +42,7 @@ def contributions(passes: Sequence[layers.Passed], batch: dict) -> dict[str, Arr
     return {name: jnp.stack(values) for name, values in found.items()}
 
 
-def effective_depth(contribution: Float[Array, "Y"], share: float = 0.8) -> int:
+def effective_depth(contribution: Float[Array, " Y"], share: float = 0.8) -> int:
     """The least number of first layers whose contributions make up this share of all."""
     total = jnp.cumsum(jnp.asarray(contribution, jnp.float32))
     return int(jnp.argmax(total >= share * total[-1] - 1e-7)) + 1

@@ -22,7 +22,7 @@ MIN_POINTS = 8
 """Of a fit of five parameters; the paper has 27."""
 
 
-def ratios(passes: Sequence[layers.Passed]) -> Float[Array, "Y"]:
+def ratios(passes: Sequence[layers.Passed]) -> Float[Array, " Y"]:
     """r_l of every layer; of a row all positions count, as it is taken for one sequence."""
     found = []
     for passed in passes:

@@ -43,7 +43,7 @@ def first_tokens(batch: dict) -> Bool[Array, "B T"]:
     return (segments_BT != before_BT) & (segments_BT != 0)
 
 
-def share(mixer, marked_BT, x_BTD, batch: dict) -> Float[Array, "H"]:
+def share(mixer, marked_BT, x_BTD, batch: dict) -> Float[Array, " H"]:
     """What each head gives to marked tokens; mean over queries that are not first tokens."""
     ctx: Context = layers.context(batch)
     share_BTH = mixer.share_of(marked_BT, x_BTD, ctx).astype(jnp.float32)

@@ -16,7 +16,7 @@ PROMPT_MULTIPLE = 64
 """Prompts are padded to a multiple of this, so that few lengths are compiled."""
 
 
-def forward(model, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"], start_B, cache: dict):
+def forward(model, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, " B"], start_B, cache: dict):
     """Feeds the first `lengths` tokens of each row, at positions start, start + 1, ...
 
     Returns the scores after each row's last token [B,W] and the cache.
@@ -50,7 +50,7 @@ def _next(graphdef, variables, token_B, position_B, cache, key, **options):
     return _draw(logits_BW, key, position_B[0] + 1, options), cache
 
 
-def _draw(logits_BW: Float[Array, "B W"], key, number, options) -> Int[Array, "B"]:
+def _draw(logits_BW: Float[Array, "B W"], key, number, options) -> Int[Array, " B"]:
     return sampling.sample(logits_BW, jax.random.fold_in(key, number), **options)
 
 

@@ -12,7 +12,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """One token a row; temperature 0 takes the best one.
 
     top_k > 0 keeps the k best tokens; top_p < 1 then keeps the fewest best ones whose probabilities

@@ -21,7 +21,7 @@ from effarch.quantization.recipes import Recipe
 def quantized_grouped_matmul(
     x: Float[Array, "M D"],
     w: Float[Array, "E D F"],
-    group_sizes: Int[Array, "E"],
+    group_sizes: Int[Array, " E"],
     recipe: Recipe,
     *,
     seed: jax.Array | None = None,

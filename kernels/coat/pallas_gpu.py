@@ -3,13 +3,11 @@
 A program has the same group of 128 of some rows.
 """
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import tpu_rows
-from effarch.kernels.coat import api, groups
+from effarch.kernels.coat import flat, groups
 from effarch.kernels.quantize import e4m3_bits, rounding
 from effarch.kernels.quantize.formats import ELEMENTS
 
@@ -27,19 +25,13 @@ def coat_adam(g, m, v, start, rates, group_size, expand, *, interpret=False):
         )
     rows, count = g.size // length, length // group_size
     high = min(rows & -rows, _ROWS)
-    shape, shared = (rows, length), (rows, count)
-    inputs = [g.reshape(shape), *(e4m3_bits.to_int8(x.codes).reshape(shape) for x in (m, v))]
-    inputs += [x.shared[..., i].reshape(shared) for x in (m, v) for i in (0, 1)]
+    inputs = flat.operands(g, m, v, count)
     arrays = varying.align([start, *inputs])
     wide = pl.BlockSpec((high, group_size), lambda i, j: (i, j))
     narrow = pl.BlockSpec((high, 1), lambda i, j: (i, j))
-    kinds = [jnp.float32, jnp.int8, jnp.int8]
-    d, m_codes, v_codes, *numbers = pl.pallas_call(
+    found = pl.pallas_call(
         _kernel(rates, expand),
-        out_shape=[
-            *(tpu_rows.shape_like(shape, kind, arrays[1]) for kind in kinds),
-            *(tpu_rows.shape_like(shared, jnp.float32, arrays[1]) for _ in range(4)),
-        ],
+        out_shape=flat.outputs(arrays[1:]),
         grid=(rows // high, count),
         in_specs=[pl.BlockSpec((2,), lambda *_: (0,)), *[wide] * 3, *[narrow] * 4],
         out_specs=[wide] * 3 + [narrow] * 4,
@@ -49,14 +41,7 @@ def coat_adam(g, m, v, start, rates, group_size, expand, *, interpret=False):
         interpret=interpret,
         name="coat_adam",
     )(*arrays)
-    stored = [
-        api.Moment(
-            e4m3_bits.from_int8(codes).reshape(g.shape),
-            jnp.stack(pair, axis=-1).reshape(*g.shape[:-1], count, 2),
-        )
-        for codes, pair in ((m_codes, numbers[:2]), (v_codes, numbers[2:]))
-    ]
-    return d.reshape(g.shape), *stored
+    return flat.results(found, g.shape)
 
 
 def _kernel(rates, expand):

@@ -10,8 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import tpu_rows
-from effarch.kernels.coat import api, groups
+from effarch.kernels.coat import flat, groups
 from effarch.kernels.quantize import e4m3_bits, rounding
 from effarch.kernels.quantize.formats import ELEMENTS
 
@@ -28,21 +27,15 @@ def coat_adam(g, m, v, start, rates, group_size, expand, *, interpret=False):
         raise dispatch.Unsupported(
             f"rows of {length} are not groups of {_GROUP} (asked: {group_size})"
         )
-    shape, rows = (g.size // length, length), g.size // length
-    high, count = _rows(rows), length // _GROUP
-    shared = (rows, count)
-    inputs = [g.reshape(shape), *(e4m3_bits.to_int8(x.codes).reshape(shape) for x in (m, v))]
-    inputs += [x.shared[..., i].reshape(shared) for x in (m, v) for i in (0, 1)]
+    rows, count = g.size // length, length // _GROUP
+    high = _rows(rows)
+    inputs = flat.operands(g, m, v, count)
     arrays = varying.align([start, *inputs])
     wide = pl.BlockSpec((high, _GROUP), lambda i, j, *_: (i, j))
     narrow = pl.BlockSpec((high, count), lambda i, j, *_: (i, 0))
-    kinds = [jnp.float32, jnp.int8, jnp.int8]
-    d, m_codes, v_codes, *numbers = pl.pallas_call(
+    found = pl.pallas_call(
         _kernel(rates, expand),
-        out_shape=[
-            *(tpu_rows.shape_like(shape, kind, arrays[1]) for kind in kinds),
-            *(tpu_rows.shape_like(shared, jnp.float32, arrays[1]) for _ in range(4)),
-        ],
+        out_shape=flat.outputs(arrays[1:]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(rows // high, count),
@@ -57,14 +50,7 @@ def coat_adam(g, m, v, start, rates, group_size, expand, *, interpret=False):
         interpret=interpret,
         name="coat_adam",
     )(*arrays)
-    stored = [
-        api.Moment(
-            e4m3_bits.from_int8(codes).reshape(g.shape),
-            jnp.stack(pair, axis=-1).reshape(*g.shape[:-1], count, 2),
-        )
-        for codes, pair in ((m_codes, numbers[:2]), (v_codes, numbers[2:]))
-    ]
-    return d.reshape(g.shape), *stored
+    return flat.results(found, g.shape)
 
 
 def _kernel(rates, expand):

@@ -19,7 +19,7 @@ BLOCK = 128
 def grouped_matmul(
     x: Float[Array, "M D"],
     w: Float[Array, "E D F"],
-    group_sizes: Int[Array, "E"],
+    group_sizes: Int[Array, " E"],
     *,
     aligned: int = 1,
     backend: str | None = None,

@@ -72,7 +72,7 @@ class RetNet(nnx.Module):
         o_BTF = heads.join(self.out_norm(o), ctx) * jax.nn.silu(self.gate(x_BTD))
         return self.out(o_BTF), cache, {}
 
-    def _decay_log(self) -> Float[Array, "H"]:
+    def _decay_log(self) -> Float[Array, " H"]:
         return jnp.asarray(np.log1p(-(2.0 ** -(5.0 + np.arange(self.num_heads)))), jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> dict:

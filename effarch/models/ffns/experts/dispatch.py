@@ -24,9 +24,9 @@ class Plan(NamedTuple):
 
     slots_NK: Int[Array, "N K"]
     """The row of each choice; M for none."""
-    choices_M: Int[Array, "M"]
+    choices_M: Int[Array, " M"]
     """The choice of each row; N * K for none, a row of zeros."""
-    group_sizes_E: Int[Array, "E"]
+    group_sizes_E: Int[Array, " E"]
     """Rows of each expert, rows of zeros included."""
     aligned: int
     """A divisor of every group size; 1 says nothing."""

@@ -41,7 +41,7 @@ class Route(NamedTuple):
         return _travel(self.axes, self.num_here, *varying.align([x_MX, *slices]))
 
 
-def route(sizes_S: Int[Array, "S"], axes: tuple[str, ...], num_here: int, num_there: int) -> Route:
+def route(sizes_S: Int[Array, " S"], axes: tuple[str, ...], num_here: int, num_there: int) -> Route:
     """Of rows sorted by the device that they are for, `sizes` of each; inside a section over `axes`."""
     sizes_SS = jax.lax.all_gather(sizes_S, axes)
     return Route(*slices(sizes_SS, jax.lax.axis_index(axes)), axes, num_here, num_there)

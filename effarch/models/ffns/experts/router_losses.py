@@ -74,7 +74,7 @@ def top1_balance(routing: Routing, *, temperature: float = 0.1) -> Float[Array, 
     return mean_E.size * jnp.sum(mean_E**2) / _mean(jnp.max(p_BTE, axis=-1), routing)
 
 
-def load_metrics(counts_E: Float[Array, "E"]) -> dict[str, Array]:
+def load_metrics(counts_E: Float[Array, " E"]) -> dict[str, Array]:
     """Imbalance of one batch: entropy in [0, 1], max and min load against the mean."""
     share_E = counts_E / jnp.maximum(jnp.sum(counts_E), 1)
     entropy = -jnp.sum(jax.scipy.special.xlogy(share_E, share_E)) / jnp.log(counts_E.size)

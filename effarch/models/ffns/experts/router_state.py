@@ -84,7 +84,7 @@ def check_schedule(schedule: tuple, num_experts: int) -> None:
         )
 
 
-def window_metrics(load_E: Float[Array, "E"], idle_E, bias_E: Array | None) -> dict[str, Array]:
+def window_metrics(load_E: Float[Array, " E"], idle_E, bias_E: Array | None) -> dict[str, Array]:
     """From the state: imbalance over the window, unused and dead experts (shares), the largest |b|."""
     metrics = {
         "metric/max_vio_window": jnp.max(load_E) * load_E.size - 1,

@@ -76,7 +76,7 @@ def coefficient(state: Float[Array, "... 5"]) -> Float[Array, "..."]:
 
 
 def advance(
-    state_Y5: Float[Array, "Y 5"], loss_Y: Float[Array, "Y"], start: float
+    state_Y5: Float[Array, "Y 5"], loss_Y: Float[Array, " Y"], start: float
 ) -> Float[Array, "Y 5"]:
     """The state after a step with this loss."""
     begin, end, now, before, steps = jnp.moveaxis(state_Y5, -1, 0)

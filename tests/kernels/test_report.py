@@ -13,10 +13,7 @@ from effarch.kernels.report import cases, compiling, gpu_listing, table, tpu_lis
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOLERANCE = 1.05
-GUARDED = [
-    cases.Case("gated_delta_rule", "v6e", "pallas_tpu"),
-    cases.Case("gated_delta_rule", "v6e", "pallas_tpu", backward=True),
-]
+GUARDED = [row for row in table.read() if row["case"]["backend"] == "pallas_tpu"]
 
 LISTING = """
      0   :  { %1 = inlined_call_operand.vmem [shape: bf16[8]]
@@ -151,20 +148,21 @@ def test_the_command_without_the_compiler_says_what_to_install():
     assert "pip install 'effarch[aot]'" in done.stderr and "Traceback" not in done.stderr
 
 
+def _name(row):
+    case = row["case"]
+    return f"{case['op']}-{case['target']}-{'both' if case['backward'] else 'forward'}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", GUARDED, ids=lambda case: "both" if case.backward else "forward")
-def test_no_kernel_needs_more_bundles_than_committed(case):
+@pytest.mark.parametrize("row", GUARDED, ids=_name)
+def test_no_kernel_needs_more_bundles_than_committed(row):
     """The figures belong to one version of the compiler."""
-    rows = [row for row in table.read() if row["case"] == case.to_dict()]
     if not compiling_wheel_is_here("libtpu"):
         pytest.skip("the compiler wheel libtpu is not installed")
-    if not rows:
-        pytest.skip("no figure is committed: python -m effarch.kernels.report --table")
-    [row] = rows
     measured_with, here = row["versions"]["libtpu"], importlib.metadata.version("libtpu")
     if measured_with != here:
         pytest.skip(f"the figures are those of libtpu {measured_with}, and this is {here}")
-    found = compiling.measure(case)
+    found = compiling.measure(cases.Case.from_dict(row["case"]))
     assert found["per_token_and_head"] <= TOLERANCE * row["per_token_and_head"]
     assert found["temporary_bytes"] <= TOLERANCE * row["temporary_bytes"]
 
@@ -173,12 +171,13 @@ def test_no_kernel_needs_more_bundles_than_committed(case):
 @pytest.mark.parametrize(
     ("target", "unit", "most", "shared"),
     [
-        ("a100", "mma.sync", 500, 166912),
+        ("a100", "mma.sync", 435, 166912),
         ("h100", "wgmma", 340, 232448),
-        ("b200", "tcgen05", 415, 232448),
+        ("b200", "tcgen05", 425, 232448),
     ],
 )
 def test_the_gpu_forward_takes_the_matrix_unit_without_spills(target, unit, most, shared):
+    """340 is the goal on H100; the others guard what was measured, 420 and 412 (goals: 500 and 380)."""
     if not compiling_wheel_is_here("jax-cuda13-pjrt"):
         pytest.skip("the compiler wheel jax-cuda13-pjrt is not installed")
     found = compiling.measure(cases.Case("gated_delta_rule", target, "pallas_gpu"))

@@ -69,15 +69,15 @@ def test_every_pair_of_axes(model):
 
 
 MIXERS = ("gates", "decays", "channels")
-ROUNDING = 5e-5
-"""Of GLA's keys: another chunk size on one device moves their gradient by 6e-6 already."""
+GRADIENT = {"decays": 5e-5}
+"""Where it is not 1e-5: another chunk size on one device moves that of GLA's keys by 6e-6 already."""
 
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MIXERS)
 def test_every_mixer_with_time_or_heads_cut(model):
-    check(compare(model, ("context=8", "tensor=8")), ROUNDING)
+    check(compare(model, ("context=8", "tensor=8")), GRADIENT.get(model, 1e-5))
 
 
 @pytest.mark.multiprocess
@@ -86,4 +86,4 @@ def test_every_mixer_with_time_or_heads_cut(model):
 def test_every_mixer_with_time_cut_beside_another_axis(model):
     meshes = ("data=2,context=4", "context=2,tensor=4")
     meshes += ("context=8", "tensor=8") if model == "sparse" else ()
-    check(compare(model, meshes), ROUNDING)
+    check(compare(model, meshes), GRADIENT.get(model, 1e-5))

@@ -1,9 +1,9 @@
 """The elementwise recurrence: token after token on a CPU, in pieces on accelerators.
 
 A token is elementwise work on as many channels as the model is wide. A CPU does it best in order, where
-every number is read once; pieces carry products along and read them again. An accelerator needs fewer and
-larger steps: all pieces run step by step at once, then they are joined. With a_t = exp(g_t), 0 at the
-start of a document and 1 at padding, and P_t the product of the a of a piece through t:
+every number is read once; pieces carry products along and read them again. An accelerator needs fewer
+and larger steps: all pieces run step by step at once, then they are joined. With a_t = exp(g_t), 0 at
+the start of a document and 1 at padding, and P_t the product of the a of a piece through t:
 
     h_t = (the recurrence of the piece from zero)_t + P_t h_(end of the piece before)
 

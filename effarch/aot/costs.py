@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 
-from effarch.aot import collectives, hlo
+from effarch.aot import collectives, hlo, products
 from effarch.parallel import topologies
 
 _FREE = {
@@ -18,7 +18,6 @@ _FREE = {
 }
 """They move nothing themselves."""
 _FUSIONS = ("fusion", "fusion-start")
-_GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ def _flops(instruction: hlo.Instruction, computation: hlo.Computation, program) 
     """Of the products in an instruction and in all that it calls."""
     if instruction.opcode == "dot":
         return _product(instruction, computation, r"lhs_contracting_dims=\{([\d,]*)\}")
-    if instruction.opcode == "custom-call" and any(name in instruction.text for name in _GEMMS):
+    if products.is_library_call(instruction):
         return _product(instruction, computation, r'"lhs_contracting_dimensions":\[([\d",]*)\]')
     if instruction.opcode not in _FUSIONS:
         return 0.0

@@ -5,7 +5,7 @@ import time
 
 import jax
 
-from effarch.aot import advice, collectives, costs, hlo, memory
+from effarch.aot import advice, collectives, costs, hlo, memory, products
 from effarch.aot import plan as plan_lib
 from effarch.kernels import platform
 from effarch.parallel import topologies
@@ -30,6 +30,8 @@ class Report:
     compile_seconds: float
     collectives: list[dict]
     """Empty if the step does not fit and the compiler said no more."""
+    products: dict[str, int]
+    """Types of the operands -> matrix products of a step on one device, outside of kernels."""
     floors: dict[str, float] | None
     """The least time for compute, HBM and network; None if there is no program."""
     seconds: float | None
@@ -111,6 +113,7 @@ def _report(setup: setup_lib.Setup, target, held, compile_seconds, program) -> R
         memory=held,
         compile_seconds=compile_seconds,
         collectives=collectives.totals(found),
+        products=products.read(program) if program else {},
         floors=floors,
         seconds=seconds,
         peak_flops=peak,
@@ -150,6 +153,9 @@ def rows(report: Report) -> list[tuple[str, str]]:
     for row in report.collectives:
         text = f"{row['count']:,} over {row['devices']} devices, {gib(row['bytes'])} a device"
         lines.append((row["kind"], f"{text}, at least {milliseconds(row['seconds'])}"))
+    if report.products:
+        types = [f"{number:,} {types}" for types, number in report.products.items()]
+        lines.append(("products", ", ".join(types)))
     if report.unknown_loops:
         text = f"{report.unknown_loops} loops of unknown length count once: times are too short"
         lines.append(("warning", text))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from effarch.aot import collectives, costs, hlo
+from effarch.aot import collectives, costs, hlo, products
 from effarch.parallel import topologies
 
 V5P = topologies.parse("v5p:2x2x1")
@@ -133,6 +133,17 @@ def test_costs_of_instructions():
     assert found.seconds == pytest.approx(
         3500 / 1.75e9 + (found.hbm_bytes - 2 * row) / 2765e9, rel=1e-6
     )
+
+
+def test_products_are_counted_by_the_types_of_their_operands():
+    """One dot as it stands, one FP8 call to a library in a loop of six."""
+    call = (
+        "  %q = f8e4m3fn[8,128]{1,0} convert(%ag)\n  %e = f8e5m2[8,128]{1,0} convert(%ag)\n"
+        '  %z = f32[8,8]{1,0} custom-call(%e, %q), custom_call_target="__cublas$lt$matmul$f8"\n'
+    )
+    line = next(line for line in TEXT.splitlines() if line.startswith("  %y = "))
+    found = products.read(hlo.parse(TEXT.replace(line, call + line)))
+    assert found == {"f8e5m2 x f8e4m3fn": 6, "bf16 x bf16": 1}
 
 
 def test_an_asynchronous_fusion_costs_what_a_fusion_costs():

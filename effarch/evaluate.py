@@ -7,6 +7,7 @@ Examples:
   python -m effarch.evaluate --run=runs/mine --step=500 --seq_len=1024
   python -m effarch.evaluate --run=runs/mine --data=prepared/books
   python -m effarch.evaluate --run=runs/mqar --seq_len=512
+  python -m effarch.evaluate --run=runs/mine --recipe=mxfp4
 
 Prints one JSON object. Text is scored in disjoint windows of seq_len tokens; bits per byte count the
 UTF-8 bytes of the original text. Other text must be prepared with the run's tokenizer.
@@ -26,6 +27,11 @@ flags.DEFINE_string("run", None, "The run's folder.")
 flags.DEFINE_integer("step", None, "Evaluate the checkpoint of this step (default: the newest).")
 flags.DEFINE_string("data", None, "A prepared folder to score instead of the run's own.")
 flags.DEFINE_integer("seq_len", None, "Tokens a window (default: the run's data.seq_len).", 1)
+flags.DEFINE_string(
+    "recipe",
+    None,
+    "Round all linear layers by this recipe (quantization.recipe), none for not at all.",
+)
 flags.DEFINE_integer("max_batches", 0, "Score only so many batches, spread evenly; 0 is all.", 0)
 
 
@@ -40,7 +46,7 @@ def _evaluate(folder: pathlib.Path) -> dict:
     from effarch.data import dataset
     from effarch.training import evaluation, restore
 
-    plan, state = restore.open_run(folder, step=FLAGS.step)
+    plan, state = restore.open_run(folder, step=FLAGS.step, recipe=FLAGS.recipe)
     if FLAGS.seq_len:
         plan = plan.with_seq_len(FLAGS.seq_len)
     if FLAGS.data:
@@ -56,7 +62,8 @@ def _evaluate(folder: pathlib.Path) -> dict:
             )
         plan = dataclasses.replace(plan, dataset=other)
     windows = evaluation.batches(plan, max_batches=FLAGS.max_batches)
-    eval_step = plan.eval_step(quantized=plan.is_model_quantized(int(state.step)))
+    quantized = FLAGS.recipe is not None or plan.is_model_quantized(int(state.step))
+    eval_step = plan.eval_step(quantized=quantized)
     figures = evaluation.evaluate(plan, eval_step, state.params, state.model_state, windows)
     return {"run": str(folder), "step": int(state.step), **figures}
 

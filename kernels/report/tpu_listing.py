@@ -22,6 +22,8 @@ UNITS = {
 
 _TABLE = "-final_hlo-static-per-bundle-utilization.txt"
 _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:\s*((?:>\s*)*)\{")
+_BOUNDS = re.compile(r"iteration_bounds: \(([\d, ]*)\)")
+_EXIT = re.compile(r"^[^>{]*> \{.*scmp\.ge\.\S+ %\w+, (\d+) /\* loop exit test", re.MULTILINE)
 _CALL = re.compile(r"%([\w.\-]+) = .*custom_call_target=\"tpu_custom_call\"")
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1",[^}]*"size":"(\d+)"')
 
@@ -47,8 +49,7 @@ def kernel(table: pathlib.Path, listing: pathlib.Path, token_heads: int) -> dict
     depths = [m.group(1).count(">") for line in text.splitlines() if (m := _BUNDLE.match(line))]
     if len(depths) != len(rows):
         raise ValueError(f"{listing.name}: {len(depths)} bundles, but {len(rows)} in {table.name}.")
-    bounds = re.search(r"iteration_bounds: \(([\d, ]*)\)", text)
-    steps = math.prod(int(x) for x in bounds.group(1).split(",") if x.strip()) if bounds else 1
+    steps = _steps(text)
     counts = collections.Counter(depths)
     step = [row for row, depth in zip(rows, depths) if depth == 1]
     sums = {name: sum(row[i] for row in step) for i, name in enumerate(header)}
@@ -62,6 +63,18 @@ def kernel(table: pathlib.Path, listing: pathlib.Path, token_heads: int) -> dict
         "spill_stores": sums["VSTORE:SPILL"],
         "spill_loads": sums["VLOAD:FILL"],
     }
+
+
+def _steps(text: str) -> int:
+    """Steps of the grid: told with the blocks that come from slow memory, if any do.
+
+    Where XLA has put all operands into fast memory the outer loop tells: it makes two trips more, one to
+    fetch the first block and one to put the last away.
+    """
+    if bounds := _BOUNDS.search(text):
+        return math.prod(int(x) for x in bounds.group(1).split(",") if x.strip())
+    trips = _EXIT.search(text)
+    return int(trips.group(1)) - 2 if trips else 1
 
 
 def _files(dump: pathlib.Path, name: str) -> tuple[pathlib.Path, pathlib.Path]:

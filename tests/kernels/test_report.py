@@ -47,6 +47,27 @@ def test_a_tpu_kernel_is_counted_by_bundles_of_a_grid_step(tmp_path):
     assert (found["spill_stores"], found["spill_loads"]) == (3, 1)
 
 
+# The outer loop of `coat_adam`, eight blocks of rows by sixteen of columns, all operands in fast memory.
+RESIDENT = """
+  0x10   :  { %s21810_s23 = smov 0 /* copy for cssa */ } /* End region 406 */
+  0x11 LB: > { %s40_s24 = sadd.s32 1, %s21709_s21  ;;  %s21717_s23 = sphi %s21810_s23, %s31_s23 }
+  0x12   : > > { %p5 = scmp.ge.s32.totalorder %s40_s24, 16 /* loop exit test */ }
+ 0xda9   : > { %p28_p4 = scmp.ge.s32.totalorder %s31_s23, 130 /* loop exit test */  ;;  %s1 = sld 2 }
+ 0xdac   :  { %30 = sbr.rel (!%p28_p4) target = $region411 }
+"""
+
+
+@pytest.mark.parametrize(("listing", "bundles", "steps"), [(RESIDENT, 2, 128), (LISTING, 2, 6)])
+def test_the_grid_is_known_also_where_nothing_comes_from_slow_memory(
+    tmp_path, listing, bundles, steps
+):
+    (tmp_path / "table.txt").write_text(UNITS)
+    (tmp_path / "listing.txt").write_text(listing)
+    found = tpu_listing.kernel(tmp_path / "table.txt", tmp_path / "listing.txt", token_heads=4)
+    assert (found["bundles"], found["steps"]) == (bundles, steps)
+    assert found["per_token_and_head"] == bundles * steps / 4
+
+
 PTX = """(
 	.param .u64 x_param_0
 )

@@ -46,6 +46,19 @@ def test_evaluate_gives_what_the_run_measured(trained):
     assert earlier["loss"] > result["loss"]
 
 
+def test_evaluate_rounds_after_training_if_asked(trained):
+    """Without rounding as measured; with four bits further from it than with eight."""
+    folder, outcome = trained
+    loss = {}
+    for recipe in ("none", "int8", "nvfp4"):
+        done = call("evaluate", f"--run={folder}", f"--recipe={recipe}")
+        assert done.returncode == 0, done.stderr
+        loss[recipe] = json.loads(done.stdout)["loss"]
+    assert loss["none"] == pytest.approx(outcome.final["loss"], rel=1e-6)
+    error = {recipe: abs(loss[recipe] - loss["none"]) for recipe in ("int8", "nvfp4")}
+    assert 0 < error["int8"] < error["nvfp4"]
+
+
 def test_generate_streams_one_prompt_and_repeats_with_the_seed(trained):
     folder, _ = trained
     options = (f"--run={folder}", "--max_tokens=12")
@@ -75,6 +88,8 @@ def test_report_writes_a_page(trained):
     [
         ("evaluate", ["--run=nowhere"], "nowhere is not a run folder"),
         ("evaluate", [], "--run is missing"),
+        ("evaluate", ["--run={run}", "--recipe=mxfp5"], "mxfp"),
+        ("evaluate", ["--run={run}", "--recipe=lsq"], "--recipe=lsq: it keeps statistics or step"),
         ("generate", ["--run={run}", "--top_p=2"], "--top_p=2.0 must be above 0 and at most 1"),
         ("generate", ["--run={run}", "--step=7"], "7"),
         ("report", ["nowhere"], "nowhere"),

@@ -25,6 +25,10 @@ LARGE = (  # the shape of Llama 3 70B, arXiv 2407.21783, table 3
     "--config.model.blocks.attention.num_kv_heads=8 --config.model.blocks.glu.hidden=28672 "
     "--config.model.vocab_size=128256 --config.data.batch_size=4096"
 )
+FP8 = (
+    "--config.name=transformer-1.3b-fp8 --config.quantization.recipe=fp8_current "
+    "--config.quantization.native=true"
+)
 HYBRIDS = tuple(
     (f"hybrids:model={model},size={size}", target)
     for size, target in (("340m --config.train.accumulate=4", "v6e:4x4"), ("1.3b", "v5p:4x4x4"))
@@ -48,6 +52,8 @@ ROWS = (  # config with overrides, target
     ("gated_deltanet:size=1.3b", "v5p:4x4x4"),
     ("gated_deltanet:size=1.3b", "v6e:8x8"),
     ("gated_deltanet:size=1.3b", "tpu7x:2x2x4"),
+    (f"transformer:size=1.3b {FP8}", "h100:1x1x8"),
+    (f"transformer:size=1.3b {FP8}", "tpu7x:2x2x4"),
     *HYBRIDS,
     (LARGE, "v5p:16x16x16"),
 )
@@ -85,7 +91,7 @@ def _write_table(found: dict[str, dict]) -> None:
     lines = [_row(found[command]) for command in ordered if command in found]
     names = [
         *("config", "target", "parameters", "tokens a step", "HBM a device", "bound by"),
-        *("compute / HBM / network", "estimate", "MFU", "compile"),
+        *("compute / HBM / network", "estimate", "MFU", "FP8 products", "compile"),
     ]
     experiment_record.write_table(HERE / "README.md", "compile", names, lines)
 
@@ -101,7 +107,7 @@ def _row(one: dict) -> list[str]:
         share if held["fits"] else f"does not fit: {share}",
     ]
     if one["seconds"] is None:
-        return [*cells, "", "", "", "", formatting.duration(one["compile_seconds"])]
+        return [*cells, *[""] * 5, formatting.duration(one["compile_seconds"])]
     floors = " / ".join(report.milliseconds(seconds) for seconds in one["floors"].values())
     return [
         *cells,
@@ -109,8 +115,16 @@ def _row(one: dict) -> list[str]:
         floors,
         report.milliseconds(one["seconds"]),
         f"{one['mfu']:.1%}",
+        _fp8_share(one.get("products")),
         formatting.duration(one["compile_seconds"]),
     ]
+
+
+def _fp8_share(products: dict | None) -> str:
+    """Of the products outside of kernels; empty where none is FP8."""
+    found = products or {}
+    small = sum(number for types, number in found.items() if types.count("f8") == 2)
+    return f"{small} of {sum(found.values())}" if small else ""
 
 
 if __name__ == "__main__":

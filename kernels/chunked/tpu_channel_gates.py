@@ -5,9 +5,11 @@ columns (1 if None): read, write and carry as in `tpu_head_gates`, and the pairs
 
     L_ij = beta_j sum_d k_id k_jd 2^(G_id - G_jd), i > j     P_ij = the same with q_i, i >= j.
 
-As in `chunked.channel_pairs` the chunk is halved again and again: token i of a right half and token j of
-the left half beside it meet at the border between them, where G = G_m. With e = 2^-|G - G_m| the pair
-is (k_i e_i) (k_j e_j), no exponent is positive, and each level is a product of masked matrices.
+Tokens of the same tile of 8 meet in its middle, where G = G_m: a pair is (k_i 2^(G_i - G_m)) times
+(k_j 2^(G_m - G_j)), and as no log2 decay is below -30 (see `tpu_rows.run`), no factor is above 2^105.
+Tiles are halves of tiles of 16, and so on, as in `chunked.channel_pairs`: token i of a right half and
+token j of the left half beside it meet at the border between them, where G = G_m. With
+e = 2^-|G - G_m| the pair is (k_i e_i) (k_j e_j). Each such level is a product of masked matrices.
 Legend: HB heads of a grid step, C tokens of a chunk, K width of a head.
 """
 
@@ -23,6 +25,9 @@ from effarch.kernels.chunked.tpu_heads import dot, dot_transposed, lanes_of
 TILE = 8
 """Rows that a register holds."""
 
+NEAR = 1
+"""The level of pairs in one tile; the others are called by the size of a half, 8, 16 ... C/2."""
+
 
 class ChannelGates:
     """Made once a grid step from beta [HB,C] or None and the chunk's marks [8,C]."""
@@ -30,13 +35,15 @@ class ChannelGates:
     def __init__(self, beta: jax.Array | None, marks: jax.Array, plan: tpu_rows.Plan):
         chunk = plan.chunk
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), x) for x in (0, 1))
-        self.distance = jnp.where(row > column, row ^ column, 0)
-        self._meets = {}
         self.is_diagonal = row == column
+        self._level = jnp.where(row >= column, _level(row ^ column, chunk), chunk)
+        self._level_above = jnp.where(row <= column, _level(row ^ column, chunk), chunk)
+        self._lane = column[:TILE]
         self._plan, self._columns, self._beta = plan, marks.T, beta
         self._beta_columns = None if beta is None else beta.T
         document = marks[tpu_rows.DOCUMENT : tpu_rows.DOCUMENT + 1]
-        self._sees = jnp.where(self._mark(tpu_rows.DOCUMENT, chunk) == document, 1.0, 0.0)
+        sees = (self._mark(tpu_rows.DOCUMENT, chunk) == document) & (row >= column)
+        self._sees = jnp.where(sees, 1.0, 0.0)
         self._read_log = self._mark(tpu_rows.READ_LOG, plan.key)
         self._write_log = self._mark(tpu_rows.WRITE_LOG, plan.key)
         self._carry_log = self._mark(tpu_rows.CARRY_LOG, plan.key)[:1]
@@ -45,7 +52,7 @@ class ChannelGates:
         return jnp.broadcast_to(self._columns[:, row : row + 1], (self._columns.shape[0], lanes))
 
     def weights(self, head: int) -> jax.Array:
-        """[C,C]: beta of the writer, 0 in another document."""
+        """[C,C]: beta of the writer, 0 for i < j and in another document."""
         if self._beta is None:
             return self._sees
         return self._sees * self._beta[head : head + 1]
@@ -87,67 +94,63 @@ class ChannelGates:
         return attend, q_read, k_written, self.carry_column(sums), *solving
 
     def _pairs(self, readers, k, sums):
-        """[C,C] for each reader (q is the first) and k: all pairs i > j, and for q those of i = j."""
+        """[C,C] for each reader and k: all pairs i >= j, and any finite numbers above them."""
         chunk, dtype = k.shape[0], k.dtype
-        tiles = range(0, chunk, TILE)
-        alone = jnp.where(self.is_diagonal, dot_transposed(readers[0], k), 0)
-        found = [[jnp.zeros((TILE, chunk), jnp.float32) for _ in tiles] for _ in readers]
-        found[0] = [alone[tile : tile + TILE] for tile in tiles]
-        yield
-        for half in halves(chunk):
-            decay = to_border(sums, half).astype(dtype)
+        *readers, k = (x.astype(jnp.float32) for x in (*readers, k))
+        found = [[jnp.zeros((TILE, chunk), jnp.float32)] * (chunk // TILE) for _ in readers]
+        for half in levels(chunk):
+            toward, away = decays(sums, half)
             rights, _ = _right_and_left(chunk, half)
-            rows = jnp.concatenate([(x * decay)[span] for x in readers for span in rights])
-            products = dot_transposed(rows, k * decay)
+            rows = [(x * toward)[span] for x in readers for span in rights]
+            products = dot_transposed(jnp.concatenate(rows).astype(dtype), (k * away).astype(dtype))
             yield
-            right_tiles = [
-                tile for span in rights for tile in tiles[span.start // TILE : span.stop // TILE]
-            ]
-            for i, tile in enumerate(right_tiles):
-                # Pairs that meet at a longer distance are overwritten later.
-                meets = self.distance[tile : tile + TILE] >= half
-                for kind, first in zip(found, range(0, products.shape[0], len(right_tiles) * TILE)):
+            tiles = [x for span in rights for x in range(span.start, span.stop, TILE)]
+            for i, tile in enumerate(tiles):
+                is_new = self._level[tile : tile + TILE] <= NEAR
+                if (
+                    half != NEAR
+                ):  # what lies before this pair of halves has met at a longer distance
+                    is_new = self._lane >= (start := tile // (2 * half) * 2 * half)
+                for kind, first in zip(found, range(0, products.shape[0], len(tiles) * TILE)):
                     new = products[first + i * TILE : first + (i + 1) * TILE]
-                    kind[tile // TILE] = jnp.where(meets, new, kind[tile // TILE])
+                    if half == NEAR or start:
+                        new = jnp.where(is_new, new, kind[tile // TILE])
+                    kind[tile // TILE] = new
         return [jnp.concatenate(kind) for kind in found]
 
     def pull_back_pairs(self, readers, k, d_products, d_readers, sums):
         """The gradients of the readers, added to `d_readers`, and of k as writer, [C,K] float32 each.
 
-        d_products [C,C], in the dtype of k, belong to the products of each reader with k; only those of
-        i > j count.
+        d_products [C,C] float32 belong to the products of each reader with k; only those of i > j count.
         """
         chunk, dtype, count = k.shape[0], k.dtype, len(readers)
+        *readers, k = (x.astype(jnp.float32) for x in (*readers, k))
         transposed = [d.T for d in d_products]
         d_readers, d_writer = list(d_readers), jnp.zeros(k.shape, jnp.float32)
         yield
-        for half in halves(chunk):
-            decay = to_border(sums, half)
-            k_met, *met = (x * decay.astype(dtype) for x in (k, *readers))
+        for half in levels(chunk):
+            toward, away = decays(sums, half)
             rights, lefts = _right_and_left(chunk, half)
-            below, above = self._meets[half]
-            rows = [d[span] * below[span] for d in d_products for span in rights]
-            reads = dot(jnp.concatenate(rows), k_met)
-            rows = [d[span] * above[span] for d in transposed for span in lefts]
-            rows = [rows[i :: len(lefts)] for i in range(len(lefts))]
-            rows = jnp.concatenate([jnp.concatenate(row, 1) for row in rows])
-            writes = dot(rows, jnp.concatenate(met))
+            rows = [
+                jnp.where(self._level[span] == half, d[span], 0)
+                for d in d_products
+                for span in rights
+            ]
+            reads = dot(jnp.concatenate(rows).astype(dtype), (k * away).astype(dtype))
+            rows = [
+                [jnp.where(self._level_above[span] == half, d[span], 0) for d in transposed]
+                for span in lefts
+            ]
+            rows = jnp.concatenate([jnp.concatenate(row, 1) for row in rows]).astype(dtype)
+            writes = dot(rows, jnp.concatenate([x * toward for x in readers]).astype(dtype))
             yield
             size = reads.shape[0] // count
             for i in range(count):
                 read = reads[i * size : (i + 1) * size]
-                d_readers[i] = _add_rows(d_readers[i], rights, decay, read)
-            d_writer = _add_rows(d_writer, lefts, decay, writes)
+                d_readers[i] = _add_rows(d_readers[i], rights, toward, read)
+            d_writer = _add_rows(d_writer, lefts, away, writes)
             yield
         return d_readers, d_writer
-
-    def prepare_to_pull_back(self, dtype) -> None:
-        """Masks [C,C] of the pairs that meet at each level, and their transposes."""
-        row, column = (jax.lax.broadcasted_iota(jnp.int32, self.distance.shape, x) for x in (0, 1))
-        above = jnp.where(column > row, row ^ column, 0)
-        for half in halves(self._plan.chunk):
-            is_met = ((x >= half) & (x < 2 * half) for x in (self.distance, above))
-            self._meets[half] = [jnp.where(x, 1.0, 0.0).astype(dtype) for x in is_met]
 
 
 def gates(sums_ref, beta: jax.Array | None, marks: jax.Array, plan: tpu_rows.Plan):
@@ -157,14 +160,22 @@ def gates(sums_ref, beta: jax.Array | None, marks: jax.Array, plan: tpu_rows.Pla
     return tpu_head_gates.HeadGates(sums_ref[...], beta, marks, plan)
 
 
-def halves(chunk: int) -> list[int]:
-    """1, 2, 4 ... C/2."""
-    return [2**level for level in range(chunk.bit_length() - 1)]
+def levels(chunk: int) -> list[int]:
+    """C/2 ... 16, 8, NEAR."""
+    return [*(chunk >> x for x in range(1, (chunk // TILE).bit_length())), NEAR]
+
+
+def _level(difference, chunk):
+    """The level where tokens meet whose numbers differ in the bits of `difference`; 0 for one token."""
+    level = jnp.where(difference > 0, NEAR, 0)
+    for half in reversed(levels(chunk)[:-1]):
+        level = jnp.where(difference >= half, half, level)
+    return level
 
 
 def _right_and_left(chunk: int, half: int) -> tuple[list[slice], list[slice]]:
-    """The rows of right and left halves if they are whole registers of bfloat16, else all rows."""
-    if half < 2 * TILE:
+    """The rows of right and left halves; all rows where tokens of a tile meet."""
+    if half == NEAR:
         return [slice(0, chunk)], [slice(0, chunk)]
     pairs = range(0, chunk, 2 * half)
     return [slice(x + half, x + 2 * half) for x in pairs], [slice(x, x + half) for x in pairs]
@@ -182,9 +193,14 @@ def _add_rows(x, spans, factor, addition):
     return jnp.concatenate(parts)
 
 
-def to_border(sums: Sequence[jax.Array], half: int) -> jax.Array:
-    """e [C,K]: the decay between each token and the border of the halves of `half` tokens beside it."""
-    return jnp.exp2(_total([_gap_to_border(part, half) for part in sums]))
+def decays(sums: Sequence[jax.Array], half: int) -> tuple[jax.Array, jax.Array]:
+    """[C,K]: of each token as reader and as writer, to where it meets the others of a level."""
+    if half != NEAR:
+        decay = jnp.exp2(_total([_gap_to_border(part, half) for part in sums]))
+        return decay, decay
+    gaps = [_gap_to_middle(part) for part in sums]
+    # Far from the middle a sum of the parts would round more than the products may.
+    return tuple(_product([jnp.exp2(x * gap) for gap in gaps]) for x in (1.0, -1.0))
 
 
 def summed(g: jax.Array, dtype, plan: tpu_rows.Plan) -> jax.Array:
@@ -221,20 +237,21 @@ def sums_of(sums_ref, head: int, plan: tpu_rows.Plan) -> list[jax.Array] | None:
 
 def _gap_to_border(part, half):
     """-|G - G_m|, from the sign that it has on each side."""
-    if half >= TILE:
-        groups = part.reshape(-1, 2 * half, part.shape[1])
-        border = groups[:, half - 1 : half]
-        sides = [border - groups[:, :half], groups[:, half:] - border]
-        return jnp.concatenate(sides, 1).reshape(part.shape)
-    groups = part.reshape(-1, TILE, part.shape[1])
-    row = jax.lax.broadcasted_iota(jnp.int32, (1, TILE, part.shape[1]), 1)
+    groups = part.reshape(-1, 2 * half, part.shape[1])
     border = groups[:, half - 1 : half]
-    for start in range(2 * half, TILE, 2 * half):
-        last = start + half - 1
-        border = jnp.where(row >= start, groups[:, last : last + 1], border)
-    sign = jnp.where(row // half % 2 == 1, 1.0, -1.0)
-    return ((groups - border) * sign).reshape(part.shape)
+    sides = [border - groups[:, :half], groups[:, half:] - border]
+    return jnp.concatenate(sides, 1).reshape(part.shape)
+
+
+def _gap_to_middle(part):
+    groups = part.reshape(-1, TILE, part.shape[1])
+    middle = 0.5 * (groups[:, TILE // 2 - 1 : TILE // 2] + groups[:, TILE // 2 : TILE // 2 + 1])
+    return (groups - middle).reshape(part.shape)
 
 
 def _total(parts):
     return functools.reduce(jnp.add, parts)
+
+
+def _product(parts):
+    return functools.reduce(jnp.multiply, parts)

@@ -21,6 +21,7 @@ LONGEST_CHUNK = 128
 WIDEST_HEAD = 256
 MOST_SHARED = 16
 _STRONGEST_DECAY_LOG = -1000.0  # its exponential is 0, and cumulative sums stay finite
+_STRONGEST_CHANNEL_DECAY_LOG = -20.79  # 2^-30, of which `tpu_channel_gates` multiplies up to 3.5
 
 
 class Plan(NamedTuple):
@@ -63,7 +64,7 @@ def run(
     Arguments as `rows.run`, which is the judge of all semantics. `chunked` gets q, k [B,T,H*K] and
     v [B,T,HV*V], all bfloat16 or all float32; float32 [B,N,J,HB,C] for `per_head` and g (zeros for
     None; decays per channel [B,T,HV*K]); initial [B,HV,K,V] and marks. It returns o [B,T,HV*V] and the
-    final state [B,HV,K,V].
+    final state [B,HV,K,V]. A decay per channel below 2^-30 (1e-9) a token counts as 2^-30.
     """
     _check(q, v, scale, interpret)
     batch, length, heads, width = q.shape
@@ -79,7 +80,8 @@ def run(
     inputs = [q, k, v, g, initial_state, segment_ids, *per_head]
     q, k, v, g, initial_state, segment_ids, *per_head = varying.align(inputs)
     out_dtype, is_real = v.dtype, None
-    g = jnp.maximum(g.astype(jnp.float32), _STRONGEST_DECAY_LOG)
+    strongest = _STRONGEST_CHANNEL_DECAY_LOG if per_channel else _STRONGEST_DECAY_LOG
+    g = jnp.maximum(g.astype(jnp.float32), strongest)
     if segment_ids is not None:
         is_real = segment_ids != 0
         k, v, g, *per_head = (rows.keep(x, is_real) for x in (k, v, g, *per_head))

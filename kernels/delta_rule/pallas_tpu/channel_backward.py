@@ -80,7 +80,6 @@ def _kernel(plan, *refs):
         tpu_blocks.load_state(plan, d_final_ref, d_state_ref, row, group)
 
     factors = tpu_channel_gates.ChannelGates(beta_ref[...], marks_ref[...], plan)
-    factors.prepare_to_pull_back(q_ref.dtype)
     shared = tpu_heads.SharedKeys(plan, d_q_ref, d_k_ref)
     columns = []
 
@@ -118,10 +117,9 @@ def _pull_back(q, k, w, state, inverse, lower, attend, d_o, d_state, factors, su
     outer = dot_transposed(jnp.concatenate([d_r, d_o]), jnp.concatenate([w, state]))
     yield
     weights = factors.weights(head)
-    d_lower = (outer[:chunk, :chunk] * -weights).astype(dtype)
+    d_lower = outer[:chunk, :chunk] * -weights
     d_attend = outer[chunk:, :chunk] * weights
     d_alone = jnp.where(factors.is_diagonal, d_attend, 0).astype(dtype)
-    d_attend = d_attend.astype(dtype)
     d_k_reader, d_q = -outer[:chunk, chunk:] * read, outer[chunk:, chunk:] * read
     d_k_write = dot_transposed(w, narrow) * write
     yield

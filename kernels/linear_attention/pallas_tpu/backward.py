@@ -78,8 +78,6 @@ def _kernel(plan, *refs):
         tpu_blocks.load_state(plan, d_final_ref, d_state_ref, row, group)
 
     factors = tpu_channel_gates.gates(g_ref, None, marks_ref[...], plan)
-    if plan.per_channel:
-        factors.prepare_to_pull_back(q_ref.dtype)
     shared = tpu_heads.SharedKeys(plan, d_q_ref, d_k_ref)
     columns = []
 
@@ -140,9 +138,7 @@ def _pull_back_channels(q, k, v, state, d_o, d_state, factors, head, sums):
     yield
     d_attend = outer[:, :chunk] * factors.weights(head)
     d_alone = jnp.where(factors.is_diagonal, d_attend, 0).astype(dtype)
-    (d_q,), d_k = yield from factors.pull_back_pairs(
-        (q,), k, (d_attend.astype(dtype),), (through.d_q,), sums
-    )
+    (d_q,), d_k = yield from factors.pull_back_pairs((q,), k, (d_attend,), (through.d_q,), sums)
     carried = factors.carry(sums) * jnp.sum((state * d_state).T, axis=0, keepdims=True)
     d_g = tpu_channel_gates.sum_gates(q * d_q - k * d_k, k * through.d_k, dtype) + carried
     yield

@@ -5,6 +5,7 @@ Usage: python -m effarch.evaluation --run=FOLDER --tasks=NAME[,NAME ...]
 Examples:
   python -m effarch.evaluation --run=runs/mine --tasks=lambada_openai,piqa
   python -m effarch.evaluation --run=runs/mine --tasks=wikitext --max_length=2048 --limit=100
+  python -m effarch.evaluation --run=runs/mine --tasks=my_task --include_path=tasks
 
 Prints the results as one JSON object. Needs `pip install 'effarch[hub]'`; the tasks fetch their data.
 """
@@ -19,6 +20,7 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_string("run", None, "The run's folder.")
 flags.DEFINE_list("tasks", [], "Names of tasks.")
+flags.DEFINE_string("include_path", None, "A folder with tasks of your own, as YAML files.")
 flags.DEFINE_integer("step", None, "Evaluate the checkpoint of this step (default: the newest).")
 flags.DEFINE_integer("max_length", None, "Tokens seen at most (default: the run's data.seq_len).")
 flags.DEFINE_integer("batch_size", 16, "Rows of one call.", 1)
@@ -41,9 +43,12 @@ def _run(run: str, tasks: list[str]) -> dict:
     options = dict(step=FLAGS.step, max_length=FLAGS.max_length, batch_size=FLAGS.batch_size)
     model = harness.model(run, **options)
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     shots = dict(num_fewshot=FLAGS.num_fewshot, limit=FLAGS.limit)
-    return lm_eval.simple_evaluate(model=model, tasks=tasks, **shots)["results"]
+    manager = TaskManager(include_path=FLAGS.include_path)
+    found = lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, **shots)
+    return found["results"]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Log likelihoods and continuations against a naive computation on unpadded rows of one length."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -146,3 +148,66 @@ def test_the_harness_model_says_what_is_missing_or_passes_requests_on():
             harness.wrap(Fake())
     else:
         assert harness.wrap(Fake()).loglikelihood([Request()]) == [(-1.0, True)]
+
+
+TASKS = {
+    "choice": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+target_delimiter: ""
+metric_list: [{metric: acc}]
+""",
+    "rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+    "continued": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{greedy}}"
+generation_kwargs: {max_gen_toks: 6, until: ["\\u0000"]}
+metric_list: [{metric: exact_match}]
+""",
+}
+HEAD = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+"""
+
+
+@pytest.mark.slow
+def test_lm_eval_itself_runs_local_tasks(tiny, naive, tmp_path):
+    """Three tasks from files: choices by likelihood, bits per byte, and greedy continuations."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    scorer = scoring.Scorer(*tiny, batch_size=2)
+    choices, rows, hits, bits = ["fox", "0123", " dog"], [], [], []
+    for question in ("the quick", "lazy", "dog 012", "over the "):
+        ids = tokens(question)
+        table = naive(ids[:-1])
+        bits.append(-sum(row[token] for row, token in zip(table, ids[1:])) / np.log(2))
+        scores = [pair[0] for pair in scorer.loglikelihood([(question, c) for c in choices])]
+        hits.append(int(np.argmax(scores)) == 1)
+        (greedy,) = scorer.generate_until([(question, {"max_gen_toks": 6})])
+        row = dict(question=question, choices=choices, answer=1, greedy=greedy)
+        rows.append(json.dumps(row))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    for name, text in TASKS.items():
+        head = HEAD.format(name=name, file=tmp_path / "rows.jsonl")
+        (tmp_path / f"{name}.yaml").write_text(head + text)
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lm_eval.simple_evaluate(harness.wrap(scorer), tasks=[*TASKS], task_manager=manager)
+    results = found["results"]
+    assert results["choice"]["acc,none"] == np.mean(hits)
+    num_bytes = sum(len(json.loads(row)["question"]) for row in rows)
+    assert results["rolling"]["bits_per_byte,none"] == pytest.approx(
+        sum(bits) / num_bytes, rel=1e-4
+    )
+    assert results["continued"]["exact_match,none"] == 1

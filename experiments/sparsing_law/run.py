@@ -87,9 +87,10 @@ def _write_runs(found: dict) -> None:
             tokens, ratio = _settled(run)
             try:
                 fit = sparsing_law.fit(name, tokens, ratio)
-                law = f"{fit.params['limit']:.3f} (R2 {fit.r2:.2f})"
+                limit = fit.params["limit"]
+                law = f"{limit:.1%} (R2 {fit.r2:.2f})" if 0 <= limit <= 1 else "none, no share"
             except ValueError:
-                law = "no fit"
+                law = "none, too few points"
             ratios = (ratio[0], ratio[-1], run["nonzero_ratio"][-1])
             shown = [f"{value:.1%}" for value in ratios]
             rows.append([name, seed, *shown, law, f"{run['loss']:.4f}"])

@@ -88,9 +88,9 @@ def _write_runs(found: dict) -> None:
             try:
                 fit = sparsing_law.fit(name, tokens, ratio)
                 limit = fit.params["limit"]
-                law = f"{limit:.1%} (R2 {fit.r2:.2f})" if 0 <= limit <= 1 else "none, no share"
+                law = f"{limit:.1%} (R2 {fit.r2:.2f})" if 0 <= limit <= 1 else "beyond 0 to 100 %"
             except ValueError:
-                law = "none, too few points"
+                law = "no fit"
             ratios = (ratio[0], ratio[-1], run["nonzero_ratio"][-1])
             shown = [f"{value:.1%}" for value in ratios]
             rows.append([name, seed, *shown, law, f"{run['loss']:.4f}"])

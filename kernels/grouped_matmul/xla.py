@@ -1,10 +1,7 @@
 """Grouped matrix product in plain JAX.
 
 On accelerators `jax.lax.ragged_dot`. On CPUs that would do the work of all groups for every row, so
-there rows are padded to blocks of one group each, and a loop over the blocks in use multiplies each by
-its matrix: work in proportion to the rows, whatever the number of groups.
-
-Legend: J = blocks, R = rows of a block.
+there a loop visits blocks of rows of one group each: see `blocks`.
 """
 
 import functools
@@ -13,21 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from effarch.kernels import platform, varying
-from effarch.kernels.grouped_matmul import api, rows
+from effarch.kernels.grouped_matmul import blocks, feed_forward
 
 
 def grouped_matmul(x, w, group_sizes, *, aligned):
     """See `api.grouped_matmul`."""
     if platform.current() != "cpu":
         return _ragged(x, w, group_sizes)
-    if aligned > 1:
-        return _in_blocks(x, w, group_sizes, aligned)
-    M, E = x.shape[0], w.shape[0]
-    block = api.alignment(M, E)
-    padded_E = -(-group_sizes // block) * block
-    to_padded, to_rows = _padding(group_sizes, padded_E, M, block)
-    y = _in_blocks(rows.take(x, to_rows, to_padded), w, padded_E, block)
-    return rows.take(y, to_padded, to_rows)
+    return _by_blocks(*varying.align([x, w, group_sizes]), aligned)
+
+
+def grouped_feed_forward(x, w_in, w_out, group_sizes, activation, *, aligned):
+    """See `api.grouped_feed_forward`; for CPUs."""
+    return feed_forward.in_one_loop(x, w_in, w_out, group_sizes, activation, aligned)
 
 
 def _ragged(x, w, group_sizes):
@@ -37,77 +32,38 @@ def _ragged(x, w, group_sizes):
     return jnp.where(in_use, y, 0).astype(x.dtype)
 
 
-def _padding(group_sizes, padded_E, M: int, block: int):
-    """Where each row goes [M], and which row each padded row takes; out of range is none."""
-    E = group_sizes.shape[0]
-    num_padded = -(-(M + min(E, M) * (block - 1)) // block) * block
-    starts_E, padded_starts_E = _starts(group_sizes), _starts(padded_E)
-    rows_M, padded_N = jnp.arange(M), jnp.arange(num_padded)
-    group_M = rows.group_of_rows(group_sizes, M)
-    to_padded = rows_M + rows.gather(padded_starts_E - starts_E, group_M)
-    to_padded = jnp.where(group_M < E, to_padded, num_padded)
-    group_N = rows.group_of_rows(padded_E, num_padded)
-    offset_N = padded_N - rows.gather(padded_starts_E, group_N)
-    to_rows = jnp.where(
-        offset_N < rows.gather(group_sizes, group_N), offset_N + rows.gather(starts_E, group_N), M
-    )
-    return to_padded, to_rows
-
-
-def _starts(sizes):
-    return jnp.cumsum(sizes) - sizes
-
-
-def _in_blocks(x, w, sizes_E, R):
-    """In float32: bfloat16 products in a loop are several times slower on CPUs.
-
-    The barriers keep the compiler from moving the conversions into the loop.
-    """
-    wide = jax.lax.optimization_barrier((x.astype(jnp.float32), w.astype(jnp.float32)))
-    return _blocks(*varying.align([*wide, sizes_E]), R).astype(x.dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blocks(x_MD, w_EDF, sizes_E, R):
-    def block(j, e, y_MF):
-        return _put_rows(y_MF, _rows(x_MD, j, R) @ w_EDF[e], j, R)
+def _by_blocks(x_MD, w_EDF, sizes_E, aligned):
+    dtype, x_bits, w_bits = x_MD.dtype, blocks.bits(x_MD), blocks.bits(w_EDF)
 
-    start = jnp.zeros((x_MD.shape[0], w_EDF.shape[2]), x_MD.dtype)
-    return _over_blocks(block, start, x_MD, sizes_E, R)
+    def visit(block, y_bits):
+        w_DF = blocks.values(w_bits[block.e], dtype)
+        y_RF = blocks.dot(blocks.read(x_bits, block, dtype), w_DF)
+        return blocks.write(y_bits, y_RF.astype(dtype), block)
+
+    start = jnp.zeros((x_MD.shape[0], w_EDF.shape[2]), x_bits.dtype)
+    return blocks.values(blocks.over(visit, start, sizes_E, x_MD.shape[0], aligned), dtype)
 
 
-def _blocks_fwd(x_MD, w_EDF, sizes_E, R):
-    return _blocks(x_MD, w_EDF, sizes_E, R), (x_MD, w_EDF, sizes_E)
+def _by_blocks_fwd(x_MD, w_EDF, sizes_E, aligned):
+    return _by_blocks(x_MD, w_EDF, sizes_E, aligned), (x_MD, w_EDF, sizes_E)
 
 
-def _blocks_bwd(R, saved, g_MF):
+def _by_blocks_bwd(aligned, saved, g_MF):
     x_MD, w_EDF, sizes_E = saved
-    g_MF = jax.lax.optimization_barrier(g_MF)
+    dtype = x_MD.dtype
+    x_bits, w_bits, g_bits = (blocks.bits(array) for array in (x_MD, w_EDF, g_MF))
 
-    def block(j, e, carry):
-        dx_MD, dw_EDF = carry
-        x_RD, g_RF = _rows(x_MD, j, R), _rows(g_MF, j, R)
-        return _put_rows(dx_MD, g_RF @ w_EDF[e].T, j, R), dw_EDF.at[e].add(x_RD.T @ g_RF)
+    def visit(block, carry):
+        dx_bits, dw_EDF = carry
+        x_RD, g_RF = blocks.read(x_bits, block, dtype), blocks.read(g_bits, block, dtype)
+        dx_RD = blocks.dot(g_RF, blocks.values(w_bits[block.e], dtype), axis=1)
+        dw_EDF = dw_EDF.at[block.e].add(blocks.over_rows(x_RD, g_RF))
+        return blocks.write(dx_bits, dx_RD.astype(dtype), block), dw_EDF
 
-    start = (jnp.zeros_like(x_MD), jnp.zeros_like(w_EDF))
-    return *_over_blocks(block, start, g_MF, sizes_E, R), None
-
-
-_blocks.defvjp(_blocks_fwd, _blocks_bwd)
-
-
-def _over_blocks(function, carry, like, sizes_E, R):
-    """Runs carry = function(block, its group, carry) over the blocks that groups fill."""
-    num_E = sizes_E // R
-    group_J = rows.group_of_rows(num_E, like.shape[0] // R)
-    *leaves, _ = varying.align([*jax.tree.leaves(carry), like])
-    carry = jax.tree.unflatten(jax.tree.structure(carry), leaves)
-    return jax.lax.fori_loop(0, jnp.sum(num_E), lambda j, c: function(j, group_J[j], c), carry)
+    start = (jnp.zeros_like(x_bits), jnp.zeros(w_EDF.shape, jnp.float32))
+    dx_bits, dw_EDF = blocks.over(visit, start, sizes_E, x_MD.shape[0], aligned)
+    return blocks.values(dx_bits, dtype), dw_EDF.astype(w_EDF.dtype), None
 
 
-def _rows(x_MD, j, R):
-    return jax.lax.dynamic_slice_in_dim(x_MD, j * R, R)
-
-
-def _put_rows(y_MF, y_RF, j, R):
-    return jax.lax.dynamic_update_slice_in_dim(y_MF, y_RF, j * R, 0)
+_by_blocks.defvjp(_by_blocks_fwd, _by_blocks_bwd)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from effarch.kernels import grouped_matmul
-from effarch.kernels.grouped_matmul.api import alignment
+from effarch.kernels.grouped_matmul import blocks
+from effarch.kernels.grouped_matmul.api import grouped_feed_forward
 
 M, D, F, E = 48, 6, 5, 4
 SIZES = {
@@ -80,11 +81,24 @@ def test_bfloat16_is_summed_in_float32():
 
 
 def test_the_work_does_not_grow_with_the_number_of_groups():
-    """The loop runs over blocks in use: as many as rows need, at most one more for each group."""
+    """Rows that blocks multiply, their own and those of others: few more than there are."""
+
+    @jax.jit
+    def multiplied(sizes):
+        def visit(block, counts):
+            own = block.is_own_R1
+            return counts[0] + own.size, counts[1] + jnp.sum(own)
+
+        return blocks.over(visit, (0, 0), sizes, 8192, 1)
+
+    rng = np.random.default_rng(0)
     for num_groups in (8, 32, 128):
-        block = alignment(8192, num_groups)
-        assert num_groups * (block - 1) < 0.6 * 8192  # padding in the worst case
-        assert block >= 32
+        sizes = rng.multinomial(8192, np.full(num_groups, 1 / num_groups))
+        everything, own = multiplied(sizes)
+        assert own == 8192
+        assert everything < 1.35 * 8192
+    everything, own = multiplied(np.array([0] * 127 + [8192]))
+    assert own == 8192 and everything < 1.05 * 8192
 
     def every_row_times_every_matrix(backend):
         lowered = run.lower(*make_inputs(), np.array(SIZES["all"]), backend=backend)
@@ -92,6 +106,78 @@ def test_the_work_does_not_grow_with_the_number_of_groups():
 
     assert every_row_times_every_matrix("reference")
     assert not every_row_times_every_matrix("xla")
+
+
+def test_bfloat16_rows_are_not_made_float32():
+    """What XLA does for CPUs if a loop slices bfloat16; it costs more than the products."""
+    x, w, g = (jnp.asarray(array, jnp.bfloat16) for array in make_inputs())
+    compiled = run.lower(x, w, g, np.array(SIZES["all"])).compile().as_text()
+    for shape in (x.shape, g.shape):
+        assert f"f32[{shape[0]},{shape[1]}]" not in compiled
+
+
+def feed_forwards(x, w_in, w_out, g, sizes):
+    """y and the gradients of sum(y * g), one group at a time in float64; silu is the activation."""
+    x, g, w_out, *w_in = (np.asarray(array, np.float64) for array in (x, g, w_out, *w_in))
+    y, dx, *dw = (np.zeros_like(array) for array in (x, x, *w_in, w_out))
+    start = 0
+    for e, size in enumerate(sizes):
+        own = slice(start, start + size)
+        first, *second = (x[own] @ w[e] for w in w_in)
+        s = 1 / (1 + np.exp(-first))
+        act, slope = first * s, s * (1 + first * (1 - s))
+        h, dh = act * (second[0] if second else 1), g[own] @ w_out[e].T
+        y[own] = h @ w_out[e]
+        parts = [dh * slope * second[0], dh * act] if second else [dh * slope]
+        dx[own] = sum(part @ w[e].T for part, w in zip(parts, w_in))
+        for total, part in zip(dw, parts):
+            total[e] = x[own].T @ part
+        dw[-1][e] = h.T @ g[own]
+        start += size
+    return y, dx, *dw
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "aligned"))
+def run_feed_forwards(x, w_in, w_out, g, sizes, *, backend="xla", aligned=1):
+    def apply(x, w_in, w_out):
+        return grouped_feed_forward(
+            x, w_in, w_out, sizes, jax.nn.silu, aligned=aligned, backend=backend
+        )
+
+    y, pull = jax.vjp(apply, x, w_in, w_out)
+    dx, dw_in, dw_out = pull(g.astype(y.dtype))
+    return y, dx, *dw_in, dw_out
+
+
+def feed_forward_inputs(num_in, rows=M):
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    return draw(rows, D), [draw(E, D, F) for _ in range(num_in)], draw(E, F, D), draw(rows, D)
+
+
+@pytest.mark.parametrize("num_in", [1, 2])
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_feed_forwards_equal_a_loop_over_groups(backend, num_in):
+    inputs = feed_forward_inputs(num_in)
+    for sizes in SIZES.values():
+        actual = run_feed_forwards(*inputs, np.array(sizes, np.int32), backend=backend)
+        for a, b in zip(actual, feed_forwards(*inputs, sizes)):
+            np.testing.assert_allclose(a, b, atol=4e-5)  # of values up to 60
+            assert np.all(np.asarray(a)[b == 0] == 0)  # tail rows and empty groups: exactly
+
+
+def test_feed_forwards_on_bfloat16_rows():
+    """Rows in bfloat16, matrices in float32, whose gradients are float32 sums over several blocks."""
+    x, w_in, w_out, g = feed_forward_inputs(2, rows=600)
+    x, g = (jnp.asarray(array, jnp.bfloat16) for array in (x, g))
+    sizes = [0, 500, 60, 0]
+    actual = run_feed_forwards(x, w_in, w_out, g, np.array(sizes, np.int32))
+    assert [a.dtype for a in actual] == [jnp.bfloat16] * 2 + [jnp.float32] * 3
+    for a, b in zip(actual, feed_forwards(x, w_in, w_out, g, sizes)):
+        a = np.asarray(a, np.float64)
+        # Operands have eight bits; errors of products of a few of them add up like random steps.
+        assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
+        assert np.all(a[b == 0] == 0)
 
 
 def test_inside_scan_remat_and_vmap():
@@ -151,3 +237,10 @@ def test_wrong_arguments_are_named(change, message):
     arguments = dict(x=x, w=w, group_sizes=jnp.zeros(E, int)) | change
     with pytest.raises(ValueError, match=message):
         grouped_matmul(**arguments)
+
+
+def test_wrong_weights_of_feed_forwards_are_named():
+    x, w_in, w_out, _ = feed_forward_inputs(2)
+    for wrong in ((w_in + w_in[:1], w_out), (w_in, w_out[:, :2]), ([w_in[0], w_in[1][:2]], w_out)):
+        with pytest.raises(ValueError, match=r"do not fit x \(48, 6\); give one or two matrices"):
+            grouped_feed_forward(x, *wrong, jnp.zeros(E, int), jax.nn.silu)

@@ -74,6 +74,22 @@ def test_what_it_does_not_take_is_said():
         assert api.alignment(128 * E, E) == R and api.alignment(127 * E, E) == 1
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_feed_forwards_are_three_products_on_accelerators(name):
+    """Three kernels forward and two for the gradients of each."""
+    shapes = [(M, D), (E, D, F), (E, D, F), (E, F, D)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+    def total(x, gate, up, down):
+        sizes = jnp.zeros(E, jnp.int32)
+        y = api.grouped_feed_forward(x, (gate, up), down, sizes, jax.nn.silu, aligned=R)
+        return jnp.sum(y.astype(jnp.float32))
+
+    with platform.tracing_for(name):
+        traced = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2, 3)))(*arrays)
+    assert str(traced).count("pallas_call[") == 9
+
+
 SCRIPT = """
 import sys
 import jax, jax.numpy as jnp

@@ -267,7 +267,20 @@ BAD = [
     (Mole, dict(group_size=3), r"mole.group_size=3 does not divide num_experts=8"),
     (Mole, dict(latent=13), r"mole.latent=13 must be from 1 to 12"),
     (Mole, dict(factor="both"), r"mole.factor='both' is not known"),
-    (LatentMoe, dict(latent=13), r"latent_moe.latent=13 is wider than the model"),
+    (LatentMoe, dict(latent=13), r"latent_moe.latent=13 must be from 1 to model.width=12"),
+    (LatentMoe, dict(latent=0), r"latent_moe.latent=0 must be from 1"),
+    (Moe, dict(hidden=0), r"moe.hidden=0 must be at least 1"),
+    (Moe, dict(num_shared=-1), r"moe.num_shared=-1 must be 0"),
+    (Moe, dict(shared_gate=True), r"moe.shared_gate=True .* num_shared=0; use"),
+    (Moe, dict(num_groups=0), r"moe.num_groups=0 does not divide"),
+    (Moe, dict(bias_rate=-1e-3, router="sigmoid_bias"), r"moe.bias_rate=-0.001 and .* 0 or above"),
+    (Moe, dict(z_coef=-1.0), r"moe.z_coef=-1.0 must be above 0, or 0"),
+    (Moe, dict(top1_temperature=0.0), r"moe.top1_temperature=0.0 must be above 0"),
+    (Moe, dict(backend="cuda"), r"moe.backend='cuda' is not known"),
+    (Moe, dict(top_k_schedule=((5, 1),)), r"moe.top_k_schedule=.* a phase of one expert"),
+    (Moe, dict(top_k_schedule=((5, 4),), num_groups=4), r"top_k_schedule=.* groups hold 2; use at"),
+    (Moe, dict(exchange="rings"), r"moe.exchange='rings' .* Did you mean 'ring'"),
+    (Mole, dict(exchange="ring"), r"mole.exchange='ring' would send"),
 ]
 
 

@@ -29,10 +29,12 @@ class LatentMoe(moe.Moe):
         **options,
     ):
         """`latent` (L) None: a quarter of the width. `options` are those of Moe."""
-        self.latent, self.is_gated = latent or width // 4, is_gated
-        if self.latent > width:
+        self.latent = width // 4 if latent is None else latent
+        self.is_gated = is_gated
+        if not 1 <= self.latent <= width:
             raise ValueError(
-                f"latent_moe.latent={latent} is wider than the model; use at most model.width={width}."
+                f"latent_moe.latent={self.latent} must be from 1 to model.width={width}: a wider latent "
+                "adds nothing."
             )
         super().__init__(width, rngs=rngs, **options)
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch import names
+from effarch.kernels.grouped_matmul import api as grouped_matmul
 from effarch.models.context import Context
 from effarch.models.ffns import glu
 from effarch.models.ffns.experts import exchange as exchanges
@@ -76,15 +77,13 @@ class Moe(nnx.Module):
         coefficient of 0 turns a loss off. `capacity_factor` None: no token is dropped. `exchange`: how
         tokens travel between devices, `experts/exchange.py`. `top_k_schedule`
         ((step, experts), ...) holds before `top_k`: `experts/router_state.py`."""
-        hidden = hidden or width
+        hidden = width if hidden is None else hidden
         self.losses = Losses(balance_coef, z_coef, top1_coef, top1_temperature)
+        _check(hidden, num_shared, shared_gate, self.losses, capacity_factor)
+        names.lookup(dict.fromkeys((None, *grouped_matmul.BACKENDS)), backend, "moe.backend")
         names.lookup(dict.fromkeys(router_losses.SCOPES), balance_scope, "moe.balance_scope")
         names.lookup(dict.fromkeys(router_losses.SCALINGS), balance_scaling, "moe.balance_scaling")
         names.lookup(dict.fromkeys(exchanges.WAYS), exchange, "moe.exchange")
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(
-                f"moe.capacity_factor={capacity_factor} must be above 0, or None to drop no token."
-            )
         self.balance_scope, self.balance_scaling = balance_scope, balance_scaling
         self.num_experts, self.top_k, self.num_groups = num_experts, top_k, num_groups
         self.top_groups, self.capacity_factor, self.width = top_groups, capacity_factor, width
@@ -179,6 +178,31 @@ class Moe(nnx.Module):
             **router_losses.router_metrics(routing),
             **router_state.window_metrics(router.load[...], router.idle_steps[...], bias_E),
         }
+
+
+def _check(hidden, num_shared, shared_gate, losses: Losses, capacity_factor) -> None:
+    if hidden < 1:
+        raise ValueError(f"moe.hidden={hidden} must be at least 1, or None for the model's width.")
+    if num_shared < 0:
+        raise ValueError(f"moe.num_shared={num_shared} must be 0 (none) or above.")
+    if shared_gate and not num_shared:
+        raise ValueError(
+            "moe.shared_gate=True has no shared expert to gate with num_shared=0; use "
+            "num_shared=1 or shared_gate=False."
+        )
+    for name in ("balance", "z", "top1"):
+        if getattr(losses, name) < 0:
+            raise ValueError(
+                f"moe.{name}_coef={getattr(losses, name)} must be above 0, or 0 to turn the loss off."
+            )
+    if not losses.top1_temperature > 0:
+        raise ValueError(
+            f"moe.top1_temperature={losses.top1_temperature} must be above 0, such as 0.1."
+        )
+    if capacity_factor is not None and not capacity_factor > 0:
+        raise ValueError(
+            f"moe.capacity_factor={capacity_factor} must be above 0, or None to drop no token."
+        )
 
 
 def _num_shards(ctx: Context) -> int:

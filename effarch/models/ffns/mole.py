@@ -54,6 +54,8 @@ class Mole(moe.Moe):
     def make_experts(self, hidden: int, options: dict, shared: dict) -> None:
         latent = self.latent = self.latent or hidden
         _check(self.width, hidden, self.num_experts, self.group_size, latent)
+        if self.factor == "all":
+            _warn_of_many_groups(self.num_experts // self.group_size, self.top_k)
         self.experts = latent_experts.LatentExperts(
             self.width,
             hidden,
@@ -106,4 +108,19 @@ def _check(width, hidden, num_experts, group_size, latent) -> None:
             latent,
             hidden,
             width,
+        )
+
+
+def _warn_of_many_groups(num_groups: int, top_k: int) -> None:
+    """Each group that a token touches costs a projection on the way in and one on the way out."""
+    expected = num_groups * (1 - (1 - 1 / num_groups) ** top_k)  # if choices fall evenly
+    if expected > top_k / 2:
+        logging.log_first_n(
+            logging.WARNING,
+            "mole: with factor='all' a token's %d experts would lie in %.1f of %d groups; larger groups "
+            "share more.",
+            1,
+            top_k,
+            expected,
+            num_groups,
         )

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch import names
-from effarch.models.ffns.experts import dispatch, products
+from effarch.models.ffns.experts import products
 from effarch.models.ffns.experts.exchange import Exchange
 from effarch.models.layers import activations
 
@@ -71,18 +71,9 @@ class Experts(products.GroupedProducts):
         device's pieces."""
 
         def apply(x_MD, plan):
-            return self._rows(weights, x_MD, plan)
+            return self.feed_forward(x_MD, weights, self.activation, plan)
 
         return exchange.combined(apply, x_ND.astype(self.dtype), ids_NK, weights_NK)
-
-    def _rows(self, weights, x_MD: Float[Array, "M D"], plan: dispatch.Plan):
-        """The experts' outputs for the rows of a plan; `weights` may hold a part of the experts."""
-        h_MF = self.product(x_MD, weights, "up", plan)
-        if self.gated:
-            h_MF = self.activation(self.product(x_MD, weights, "gate", plan)) * h_MF
-        else:
-            h_MF = self.activation(h_MF)
-        return self.product(h_MF, weights, "down", plan)
 
     def forward_flops(self, seq_len: int) -> float:
         """Per token, of its `top_k` experts; the sequence length does not matter."""

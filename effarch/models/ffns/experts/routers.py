@@ -81,6 +81,7 @@ class Router(nnx.Module):
         updates = updates or router_state.Updates()
         _check(num_experts, top_k, kind, num_groups, top_groups, group_score_top, updates)
         router_state.check_schedule(schedule, num_experts)
+        _check_schedule(schedule, top_k, scoring, top_groups * num_experts // num_groups)
         self.sizes = (width, num_experts)
         self.top_k, self.schedule, self.scoring = top_k, schedule, scoring
         self.num_groups, self.top_groups = num_groups, top_groups
@@ -176,7 +177,12 @@ def _check(num_experts, top_k, kind, num_groups, top_groups, group_score_top, up
             f"moe.bias_rate={updates.rate} needs a router with a bias, and router={kind!r} has none; "
             f"use one of {biased}, or bias_rate=0."
         )
-    if num_experts % num_groups:
+    if updates.rate < 0 or (updates.stop_step or 0) < 0:
+        raise ValueError(
+            f"moe.bias_rate={updates.rate} and moe.bias_stop_step={updates.stop_step} must be 0 or "
+            "above; bias_stop_step=None goes on to the end."
+        )
+    if num_groups < 1 or num_experts % num_groups:
         raise ValueError(
             f"moe.num_groups={num_groups} does not divide num_experts={num_experts}; use a divisor."
         )
@@ -190,3 +196,18 @@ def _check(num_experts, top_k, kind, num_groups, top_groups, group_score_top, up
         raise ValueError(
             f"moe.group_score_top={group_score_top} must be from 1 to the {size} experts of a group."
         )
+
+
+def _check_schedule(schedule, top_k, scoring: Scoring, reach: int) -> None:
+    """Each phase's number of experts against the groups in reach and the rule for one expert."""
+    for _, now in schedule:
+        if now > reach:
+            raise ValueError(
+                f"moe.top_k_schedule={schedule!r} chooses {now} experts, and the best groups hold "
+                f"{reach}; use at most {reach}, or more top_groups."
+            )
+        if now == 1 and top_k > 1 and scoring.normalized:
+            raise ValueError(
+                f"moe.top_k_schedule={schedule!r} has a phase of one expert, whose weight would be 1 "
+                "and give the router no gradient; use router='softmax_topk', or at least 2 experts."
+            )

@@ -106,11 +106,10 @@ class ChannelGates:
             yield
             tiles = [x for span in rights for x in range(span.start, span.stop, TILE)]
             for i, tile in enumerate(tiles):
-                is_new = self._level[tile : tile + TILE] <= NEAR
-                if (
-                    half != NEAR
-                ):  # what lies before this pair of halves has met at a longer distance
-                    is_new = self._lane >= (start := tile // (2 * half) * 2 * half)
+                start = tile // (2 * half) * 2 * half  # before it all have met at a longer distance
+                is_new = self._lane >= start
+                if half == NEAR:
+                    is_new = self._level[tile : tile + TILE] <= NEAR
                 for kind, first in zip(found, range(0, products.shape[0], len(tiles) * TILE)):
                     new = products[first + i * TILE : first + (i + 1) * TILE]
                     if half == NEAR or start:
@@ -200,7 +199,8 @@ def decays(sums: Sequence[jax.Array], half: int) -> tuple[jax.Array, jax.Array]:
         return decay, decay
     gaps = [_gap_to_middle(part) for part in sums]
     # Far from the middle a sum of the parts would round more than the products may.
-    return tuple(_product([jnp.exp2(x * gap) for gap in gaps]) for x in (1.0, -1.0))
+    toward, away = ([jnp.exp2(x) for x in side] for side in (gaps, [-gap for gap in gaps]))
+    return functools.reduce(jnp.multiply, toward), functools.reduce(jnp.multiply, away)
 
 
 def summed(g: jax.Array, dtype, plan: tpu_rows.Plan) -> jax.Array:
@@ -251,7 +251,3 @@ def _gap_to_middle(part):
 
 def _total(parts):
     return functools.reduce(jnp.add, parts)
-
-
-def _product(parts):
-    return functools.reduce(jnp.multiply, parts)

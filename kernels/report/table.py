@@ -27,9 +27,11 @@ def committed() -> list[cases.Case]:
     for op, backend in (("attention", "pallas_tpu"), ("short_conv", "pallas_tpu")):
         rows += [cases.Case(op, "v6e", backend, both, packed) for both in (False, True)]
     rows += [cases.Case("short_conv", "v6e", "xla", both, packed) for both in (False, True)]
-    rows += [cases.Case("attention", "h100", "pallas_gpu", both, packed) for both in (False, True)]
+    for op in ("attention", "short_conv"):
+        rows += [cases.Case(op, "h100", "pallas_gpu", both, packed) for both in (False, True)]
     rows += [cases.Case("gated_delta_rule", "v6e", "pallas_tpu", x, packed) for x in (False, True)]
-    rows += [cases.Case("gated_delta_rule", "v6e", "pallas_tpu_precise")]
+    for op in ("gated_delta_rule", "kda"):
+        rows += [cases.Case(op, "v6e", "pallas_tpu_precise")]
     for target, backend in (("v6e", "pallas_tpu"), ("h100", "pallas_gpu")):
         rows += [cases.Case(op, target, backend) for op in whole_arrays.PROGRAMS]
     rows += [cases.Case("gated_delta_rule", "v6e", "xla", both) for both in (False, True)]

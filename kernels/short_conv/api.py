@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from effarch.kernels import dispatch
 
-BACKENDS = ("reference", "xla", "pallas_tpu")
+BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 ACTIVATIONS = ("silu", None)
 
 
@@ -25,8 +25,8 @@ def short_conv(
     initial [B,W-1,D]: the inputs before the row, which belong to the row's first document (default:
     zeros). segment_ids [B,T], integer: taps stop at document boundaries; 0 is padding, which stands
     before, between and after documents and gives zeros.
-    backend: "xla", "reference", "pallas_tpu" (at most 7 taps, multiples of 128 channels) or None for the
-    fastest.
+    backend: "xla", "reference", "pallas_tpu" (at most 7 taps, multiples of 128 channels), "pallas_gpu"
+    (multiples of 16 channels) or None for the fastest.
     Returns y [B,T,D] and tail [B,W-1,D], the `initial` that continues the row's last document:
     its last W-1 inputs, zeros where the document is shorter. Both in x's dtype.
     """

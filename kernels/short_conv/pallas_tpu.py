@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from effarch.kernels import dispatch, varying
 from effarch.kernels.chunked import rows, tpu_rows
+from effarch.kernels.short_conv import ages as ages_of
 from effarch.kernels.short_conv import xla
 
 MOST_TAPS = 7
@@ -56,7 +57,7 @@ def short_conv(
     taps = jnp.pad(taps, ((0, 8 - taps.shape[0]), (0, 0)))
     ages = None
     if plan.packed:
-        ages = _ages(docs[:, before:], is_real, before, initial is not None)
+        ages = ages_of.count(docs[:, before:], is_real, before, initial is not None)
         ages = rows.filled(ages[..., None], LANES, "constant").swapaxes(1, 2)  # padded: 0, cut off
         ages = jnp.broadcast_to(ages, (ages.shape[0], 8, ages.shape[2])).astype(jnp.float32)
     y = _convolve(rows.filled(x, LANES, "constant"), start, taps, ages, plan)
@@ -72,17 +73,6 @@ def _check(x, kernel, interpret):
             f"{kernel.shape[0]} taps on {x.shape[2]} channels; it takes at most {MOST_TAPS} taps and "
             f"multiples of {LANES} channels"
         )
-
-
-def _ages(docs, is_real, before, has_initial):
-    """[B,T]: how many inputs before a token belong to it, at most W-1; -1 for padding."""
-    time = jnp.arange(docs.shape[1])
-    follows = is_real[:, :-1] & (docs[:, 1:] == docs[:, :-1])
-    begins = is_real & ~jnp.pad(follows, ((0, 0), (1, 0)))
-    age = time - jax.lax.cummax(jnp.where(begins, time, 0), axis=1)
-    if has_initial:
-        age = jnp.where(jnp.cumsum(begins, axis=1) <= 1, before, age)
-    return jnp.where(is_real, jnp.minimum(age, before), -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

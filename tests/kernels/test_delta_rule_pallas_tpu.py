@@ -47,15 +47,16 @@ def test_bfloat16_is_as_good_as_its_factors(trial, kind, bound, gate):
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", ["head", "channel"])
 def test_precise_factors_keep_what_alike_keys_lose(trial, relative_rms, gate):
-    *inputs, beta, g, state = trial.inputs("similar keys, beta 1.9", gate)
+    sizes = (1, 128, 1, 2, 128, 128)
+    *inputs, beta, g, state = trial.inputs("similar keys, beta 1.9", gate, sizes)
     inputs = [x.astype(jnp.bfloat16) for x in inputs] + [beta, g, state]
-    expected = trial.judge([np.float32(x) for x in inputs])["final_state"]
+    _, expected = trial.judge([np.float32(x) for x in inputs], jax.jit(trial.recurrence))
     errors = []
     for precise in (False, True):
-        run = jax.jit(functools.partial(trial.kernel, segments=SEGMENTS, precise=precise))
+        run = jax.jit(functools.partial(trial.kernel, chunk_size=64, precise=precise))
         errors.append(relative_rms(run(*inputs)[1], expected))
-    # 0.64 of the error here; what is left is the rounding of w and of the state.
-    assert errors[1] <= 8e-3 and errors[1] <= 0.75 * errors[0]
+    # A fifth of the error here; what is left is the rounding of w and of the state.
+    assert errors[1] <= 1e-2 and errors[1] <= 0.4 * errors[0], errors
 
 
 def test_two_runs_are_bit_equal_and_padding_is_ignored(trial, gate):

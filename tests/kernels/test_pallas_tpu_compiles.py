@@ -17,8 +17,8 @@ from effarch.kernels import gated_delta_rule, linear_attention, platform
 from effarch.parallel import topologies
 
 target, op, gate = sys.argv[1:]
-device = topologies.devices(topologies.parse(target))[0]
-place = jax.sharding.SingleDeviceSharding(device)
+mesh = jax.sharding.Mesh(topologies.devices(topologies.parse(target))[:1], ("x",))
+place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 B, T, H, K = 1, 1024, 16, 128
 
 def array(*shape, dtype=jnp.float32):
@@ -37,7 +37,7 @@ def loss(q, k, v, g, beta, state, segments):
         o, final = linear_attention(q, k, v, g, **options)
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(final)
 
-with platform.tracing_for("tpu"):
+with platform.tracing_for("tpu"), jax.sharding.set_mesh(mesh):
     step = jax.jit(jax.grad(loss, argnums=tuple(range(6))))
     compiled = step.lower(x, x, x, g, beta, state, segments).compile()
 print(compiled.as_text().count("tpu_custom_call"), "kernels", flush=True)

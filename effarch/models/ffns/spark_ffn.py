@@ -72,8 +72,19 @@ class SparkFfn(nnx.Module):
         """What multiplies each neuron: 0 for those that are not active."""
         s_BTF = self.predictor(x_BTD[..., : self.split])
         s_BTF = remat.tag(s_BTF, "ffn_gate")
-        s_BTF = topk.statistical_top_k(ctx.shard(s_BTF, "batch", "time", "ffn"), self.num_active)
-        return jax.nn.gelu(s_BTF, approximate=True)
+        return jax.nn.gelu(self._top_k(s_BTF, ctx), approximate=True)
+
+    def _top_k(self, s_BTF: Float[Array, "B T F"], ctx: Context) -> Float[Array, "B T F"]:
+        """Each device has its tokens; where neurons are split, one alone knows no token's threshold."""
+
+        def on_pieces(s_BTF):
+            return (topk.statistical_top_k(s_BTF, self.num_active),)
+
+        axes = ("batch", "time", "ffn")
+        s_BTF = ctx.shard(s_BTF, *axes)
+        if ctx.layout is not None and ctx.layout.parts("ffn") > 1:
+            return on_pieces(s_BTF)[0]
+        return ctx.local(on_pieces, (s_BTF,), (axes,), (axes,))[0]
 
     def idle_flops(self, seq_len: int) -> float:
         """Forward FLOPs per token of inactive neurons; the sequence length does not matter."""

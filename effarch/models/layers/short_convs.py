@@ -50,16 +50,28 @@ class ShortConvs(nnx.Module):
             return activated, {}
         convolved, tails = {}, {}
         for name, x_BTF in projected.items():
-            bias = getattr(self, f"{name}_bias")[...] if self.use_bias else None
-            convolved[name], tails[name] = short_conv.short_conv(
-                x_BTF,
-                getattr(self, name)[...].astype(x_BTF.dtype),
-                bias=None if bias is None else bias.astype(x_BTF.dtype),
-                activation=None if name in self.linear else "silu",
-                initial=None if cache is None else cache[name],
-                segment_ids=ctx.segment_ids,
-            )
+            initial = None if cache is None else cache[name]
+            convolved[name], tails[name] = self._convolve(name, x_BTF, initial, ctx)
         return convolved, tails
+
+    def _convolve(self, name: str, x_BTF: Array, initial: Array | None, ctx: Context):
+        """Each device has its rows and channels; where time is cut, what lies before must be fetched."""
+
+        def on_pieces(x, kernel, bias, initial, segment_ids):
+            activation = None if name in self.linear else "silu"
+            options = dict(activation=activation, initial=initial, segment_ids=segment_ids)
+            return short_conv.short_conv(x, kernel, bias=bias, **options)
+
+        kernel = getattr(self, name)[...].astype(x_BTF.dtype)
+        bias = None
+        if self.use_bias:
+            bias = getattr(self, f"{name}_bias")[...].astype(x_BTF.dtype)
+        arrays = (x_BTF, kernel, bias, initial, ctx.segment_ids)
+        if ctx.layout is not None and ctx.layout.parts("time") > 1:
+            return on_pieces(*arrays)
+        channels = ("batch", None, "heads")
+        inputs = (channels, (None, "heads"), ("heads",), channels, ("batch", None))
+        return ctx.local(on_pieces, arrays, inputs, (channels, channels))
 
     def init_cache(self, batch: int) -> dict[str, Array]:
         """The inputs before the first token: zeros [B,W-1,F] by name."""

@@ -2,11 +2,11 @@
 
 As `backward`, with read, write and carry vectors over the channels; L and P come saved. With the
 gradients of the pairs dL and dP (times beta of the column), for each level of `tpu_channel_gates`, where
-token i of a right half meets token j of the left half beside it and e decays to the border:
+token i meets an earlier token j, with decays e_i to where they meet and f_j from there:
 
-    dQ_i += e_i sum_j dP_ij k_j e_j            (reader)
-    dK_i += e_i sum_j dL_ij k_j e_j            (reader)
-    dK_j += e_j sum_i (dL_ij k_i + dP_ij q_i) e_i      (writer)
+    dQ_i += e_i sum_j dP_ij k_j f_j            (reader)
+    dK_i += e_i sum_j dL_ij k_j f_j            (reader)
+    dK_j += f_j sum_i (dL_ij k_i + dP_ij q_i) e_i      (writer)
 
 A gate of token t lies between every i >= t and j < t, so no further product is needed for it:
 
@@ -26,7 +26,7 @@ from effarch.kernels.chunked.tpu_heads import dot, dot_transposed, lanes_of, sum
 from effarch.kernels.delta_rule.pallas_tpu import backward as head_backward
 from effarch.kernels.delta_rule.pallas_tpu import forward
 
-_HEADS_A_ROUND = 2
+_HEADS_A_ROUND = 1
 
 
 def backward(

@@ -21,9 +21,10 @@ def gated_delta_rule(q, k, v, beta, g=None, *, interpret=False, precise=False, *
 
     Products of bfloat16 inputs take one pass of the matrix unit; sums, decays and the state are float32.
     `precise` (the backend "pallas_tpu_precise"): the forward's factors keep 16 bits; the backward is the
-    same. `interpret` runs the kernels without a TPU, step by step: for tests. What is saved for the
-    gradient is called "delta_rule_states" in the policies of `jax.checkpoint`; a policy that leaves it
-    out has the forward kernel run again.
+    same. On v6e the forward then takes 3.4 instead of 2.3 bundles a token and head, that of decays per
+    channel 4.9 instead of 3.7. `interpret` runs the kernels without a TPU, step by step: for tests. What
+    is saved for the gradient is called "delta_rule_states" in the policies of `jax.checkpoint`; a policy
+    that leaves it out has the forward kernel run again.
     """
     options |= dict(interpret=interpret, precise=precise)
     return tpu_rows.run(chunked, q, k, v, (beta,), g, **options)

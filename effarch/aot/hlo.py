@@ -89,7 +89,7 @@ def parse(text: str) -> Program:
     """The program that `Compiled.as_text()` shows."""
     computations: dict[str, Computation] = {}
     entry, current = None, None
-    for line in text.splitlines():
+    for line in _lines(text):
         if current is None:
             match = _COMPUTATION.match(line)
             if match:
@@ -108,6 +108,17 @@ def parse(text: str) -> Program:
     return Program(
         computations, counter.executions, frozenset(counter.fused), frozenset(counter.unknown)
     )
+
+
+def _lines(text: str) -> list[str]:
+    """Lines; what a kernel wrote over several lines, such as its notes for a profiler, is one."""
+    joined: list[str] = []
+    for line in text.splitlines():
+        if line[:1] in ('"', "}") and line != "}":
+            joined[-1] += line
+        else:
+            joined.append(line)
+    return joined
 
 
 def _parse_instruction(line: str) -> Instruction | None:

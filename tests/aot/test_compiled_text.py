@@ -83,6 +83,18 @@ def test_a_loop_of_unknown_length_is_told():
     assert hlo.parse(TEXT.replace("body=%body.1", noted)).executions["body.1"] == 9
 
 
+def test_a_kernels_notes_over_several_lines_end_nothing():
+    """As Splash attention writes them: a line begins with a brace inside of an instruction."""
+    line = next(line for line in TEXT.splitlines() if line.startswith("  %y = "))
+    notes = (
+        ', backend_config={"custom_call_config": {\n"notes":"{\\"block\\": 256}"\n}}, frontend=1'
+    )
+    program = hlo.parse(TEXT.replace(line, line + notes))
+    assert program.computations["body.1"].keys() == hlo.parse(TEXT).computations["body.1"].keys()
+    assert program.computations["body.1"]["y"].text.endswith("}}, frontend=1")
+    assert program.executions == hlo.parse(TEXT).executions
+
+
 def test_collectives_with_their_bytes():
     rows = collectives.totals(collectives.read(hlo.parse(TEXT), V5P))
     found = {row["kind"]: row for row in rows}

@@ -24,5 +24,14 @@ def axes(array: jax.Array) -> frozenset[str]:
     return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
 
 
+def shape_like(shape: Sequence[int], dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """An output of `pallas_call` that varies over the mesh axes that `like` varies over."""
+    kind = jax.typeof(like)
+    manual = getattr(kind, "manual_axis_type", None)  # newer JAX; `vma` before
+    if manual is None:
+        return jax.ShapeDtypeStruct(shape, dtype, vma=getattr(kind, "vma", None))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
+
+
 def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array

@@ -177,9 +177,13 @@ def mesh(target: Target, sizes) -> jax.sharding.Mesh:
     return mesh_lib.make(shape, devices(target))
 
 
+def missing_wheels(target: Target) -> list[str]:
+    """Modules of the target's compiler that are not installed."""
+    return [name for name in _WHEELS[target.device.platform] if not _is_installed(name)]
+
+
 def _check_wheels(target: Target) -> None:
-    missing = [name for name in _WHEELS[target.device.platform] if not _is_installed(name)]
-    if missing:
+    if missing := missing_wheels(target):
         raise ValueError(
             f"--target={target} needs the compiler for it, and {', '.join(missing)} cannot be "
             f"imported: pip install 'effarch[aot]' (a laptop will do; no accelerator is used)."

@@ -18,7 +18,6 @@ from jax.experimental.pallas import triton as plgpu
 from effarch.kernels import dispatch, varying
 from effarch.kernels.attention import gpu_blocks, masks, whole_rows
 from effarch.kernels.attention.gpu_blocks import BLOCK, Plan
-from effarch.kernels.chunked import tpu_rows
 
 _NARROWEST_HEAD, _WIDEST_HEAD = 16, 128
 _QUERIES = 2 * BLOCK
@@ -135,7 +134,7 @@ def _call(kernel, plan, count, inputs, outputs, *, warps):
         grid=(count, like.shape[0] * plan.heads),
         in_specs=[_spec(plan, array.shape, size) for array, size in inputs],
         out_specs=[_spec(plan, shape, size) for shape, _, size in outputs],
-        out_shape=[tpu_rows.shape_like(shape, dtype, like) for shape, dtype, _ in outputs],
+        out_shape=[varying.shape_like(shape, dtype, like) for shape, dtype, _ in outputs],
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
         interpret=plan.interpret,
         name=f"attention_{kernel.__name__}",

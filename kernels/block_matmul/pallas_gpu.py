@@ -7,7 +7,6 @@ from jax.experimental.pallas import triton as plgpu
 
 from effarch.kernels import dispatch, varying
 from effarch.kernels.block_matmul import operands
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.quantize import e4m3_bits
 
 _HIGH, _WIDE, _DEEP = 64, 64, 128
@@ -41,7 +40,7 @@ def block_matmul(a, b, size, *, interpret=False):
 
     return pl.pallas_call(
         kernel,
-        out_shape=tpu_rows.shape_like((M, N), jnp.float32, arrays[0]),
+        out_shape=varying.shape_like((M, N), jnp.float32, arrays[0]),
         grid=(M // high, N // wide),
         in_specs=[
             pl.BlockSpec((high, K), lambda i, j: (i, 0)),

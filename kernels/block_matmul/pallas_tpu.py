@@ -12,7 +12,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from effarch.kernels import dispatch, varying
 from effarch.kernels.block_matmul import operands
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.quantize import e4m3_bits
 
 _LANES = 128
@@ -43,7 +42,7 @@ def block_matmul(a, b, size, *, interpret=False):
 
     return pl.pallas_call(
         kernel,
-        out_shape=tpu_rows.shape_like((M, N), jnp.float32, arrays[0]),
+        out_shape=varying.shape_like((M, N), jnp.float32, arrays[0]),
         grid=(M // high, N // wide, K // deep),
         in_specs=[
             pl.BlockSpec((high, deep), lambda i, j, k: (i, k)),

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import tpu_rows, tpu_step
+from effarch.kernels.chunked import tpu_step
 
 _COLUMNS = 32
 
@@ -52,7 +52,7 @@ def run(state, q, k, v, beta, g, *, scale, interpret=False) -> tuple[jax.Array, 
         grid=(value // columns, batch * heads),
         in_specs=[spec for spec, _ in inputs.values()],
         out_specs=[matrix, by_value],
-        out_shape=[tpu_rows.shape_like(x, jnp.float32, state) for x in (state.shape, v.shape)],
+        out_shape=[varying.shape_like(x, jnp.float32, state) for x in (state.shape, v.shape)],
         input_output_aliases={0: 0},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,

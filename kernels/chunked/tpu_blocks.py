@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from effarch.kernels.chunked import tpu_rows
+from effarch.kernels import varying
 from effarch.kernels.chunked.tpu_rows import Plan
 
 At = Callable
@@ -77,7 +77,7 @@ def call(
     The first input is q. `flops` are those of a token and value head, for XLA's schedule.
     """
     arrays = [array for _, array in inputs]
-    shapes = [tpu_rows.shape_like(shape, dtype, arrays[0]) for _, shape, dtype in outputs]
+    shapes = [varying.shape_like(shape, dtype, arrays[0]) for _, shape, dtype in outputs]
     count = arrays[0].size // plan.key * plan.group
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *shapes))
     return pl.pallas_call(

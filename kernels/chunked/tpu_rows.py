@@ -100,15 +100,6 @@ def run(
     return o.astype(out_dtype), final[:, :, :width, :value_width]
 
 
-def shape_like(shape: Sequence[int], dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """An output of `pallas_call` that varies over the mesh axes that `like` varies over."""
-    kind = jax.typeof(like)
-    manual = getattr(kind, "manual_axis_type", None)  # newer JAX; `vma` before
-    if manual is None:
-        return jax.ShapeDtypeStruct(shape, dtype, vma=getattr(kind, "vma", None))
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
-
-
 def _check(q, v, scale, interpret):
     if not interpret and platform.current() != "tpu":
         raise dispatch.Unsupported(f"it runs on TPUs, and this program is for {platform.current()}")

@@ -13,7 +13,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import tpu_rows
 
 _MOST_NUMBERS = 2**18
 """Of the states of a grid step: 1 MB, held four times (two steps, in and out)."""
@@ -55,7 +54,7 @@ def run(state, q, k, v, beta, g, *, scale, interpret=False) -> tuple[jax.Array, 
         grid=(batch, heads // count),
         in_specs=[states, key_spec, value_spec],
         out_specs=[states, o_spec],
-        out_shape=[tpu_rows.shape_like(x, jnp.float32, state) for x in (state.shape, o_shape)],
+        out_shape=[varying.shape_like(x, jnp.float32, state) for x in (state.shape, o_shape)],
         input_output_aliases={0: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,

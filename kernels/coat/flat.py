@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from effarch.kernels.chunked import tpu_rows
+from effarch.kernels import varying
 from effarch.kernels.coat import api
 from effarch.kernels.quantize import e4m3_bits
 
@@ -17,7 +17,7 @@ def operands(g, m, v, count: int) -> list:
 
 def outputs(inputs: list) -> list:
     """What a kernel writes: d, the codes and the shared numbers, each like its input."""
-    return [tpu_rows.shape_like(x.shape, x.dtype, inputs[0]) for x in inputs]
+    return [varying.shape_like(x.shape, x.dtype, inputs[0]) for x in inputs]
 
 
 def results(found: list, shape: tuple[int, ...]) -> tuple:

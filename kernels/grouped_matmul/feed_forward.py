@@ -9,24 +9,16 @@ Legend: R = rows of a block, F = inner channels.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from effarch.kernels import varying
 from effarch.kernels.grouped_matmul import blocks
 
 
-def in_one_loop(
-    x_MD: Float[Array, "M D"],
-    w_in: Sequence[Float[Array, "E D F"]],
-    w_out: Float[Array, "E F D"],
-    sizes_E: Int[Array, " E"],
-    activation: Callable[[Array], Array],
-    aligned: int,
-) -> Float[Array, "M D"]:
+def in_one_loop(x_MD, w_in, w_out, sizes_E, activation: Callable, aligned: int) -> jax.Array:
     """See `api.grouped_feed_forward`.
 
     Matrices keep their type and are rounded to x's block by block; their gradients are sums in float32.

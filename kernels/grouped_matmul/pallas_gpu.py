@@ -17,7 +17,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effarch.kernels import dispatch, platform, varying
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.grouped_matmul import rows
 from effarch.kernels.grouped_matmul.api import BLOCK
 
@@ -139,7 +138,7 @@ def _call(kernel, grid, in_specs, out_spec, shape, arguments, interpret, *, name
         grid=grid,
         in_specs=in_specs,
         out_specs=out_spec,
-        out_shape=tpu_rows.shape_like(shape, x.dtype, x),
+        out_shape=varying.shape_like(shape, x.dtype, x),
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
         interpret=interpret,
         name=name,

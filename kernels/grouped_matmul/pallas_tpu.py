@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effarch.kernels import dispatch, platform, varying
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.grouped_matmul import rows
 from effarch.kernels.grouped_matmul.api import BLOCK
 
@@ -162,7 +161,7 @@ def _call(kernel, grid, in_specs, out_spec, shape, sums, arguments, order, inter
     work = 2 * x.size * (other.shape[-1] if len(shape) == 3 else shape[-1])
     return pl.pallas_call(
         kernel,
-        out_shape=tpu_rows.shape_like(shape, x.dtype, x),
+        out_shape=varying.shape_like(shape, x.dtype, x),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=grid,

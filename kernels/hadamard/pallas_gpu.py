@@ -5,7 +5,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.hadamard import tiles, views
 
 _ELEMENTS = 8192
@@ -58,7 +57,7 @@ def _transform(x, signs, view, interpret):
     unit = view.unit
     return pl.pallas_call(
         kernel,
-        out_shape=tpu_rows.shape_like(view.shape, x.dtype, x),
+        out_shape=varying.shape_like(view.shape, x.dtype, x),
         grid=(batch, p // high, q // wide),
         in_specs=[pl.BlockSpec((unit, unit), lambda *_: (0, 0)), spec],
         out_specs=spec,

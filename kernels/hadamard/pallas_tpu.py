@@ -4,7 +4,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.hadamard import tiles, views
 
 _LANES = 128
@@ -42,7 +41,7 @@ def _transform(x, signs, view, interpret):
     spec = pl.BlockSpec((None, side_p, side_q), lambda n, i, j: (n, i, j))
     return pl.pallas_call(
         kernel,
-        out_shape=tpu_rows.shape_like(view.shape, x.dtype, x),
+        out_shape=varying.shape_like(view.shape, x.dtype, x),
         grid=(batch, p // side_p, q // side_q),
         in_specs=[pl.BlockSpec((_LANES, _LANES), lambda *_: (0, 0)), spec],
         out_specs=spec,

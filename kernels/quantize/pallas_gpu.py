@@ -11,7 +11,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.hadamard import pallas_gpu as hadamard
 from effarch.kernels.hadamard import tiles
 from effarch.kernels.quantize import places, rounding, xla
@@ -59,7 +58,7 @@ def _over_tiles(x, view, signs, interpret, body, outputs, arguments=None):
     return pl.pallas_call(
         kernel,
         out_shape=[
-            tpu_rows.shape_like(shapes[which], dtypes[which], arrays[-1]) for which in outputs
+            varying.shape_like(shapes[which], dtypes[which], arrays[-1]) for which in outputs
         ],
         grid=(batch, p // high, q // wide),
         in_specs=[

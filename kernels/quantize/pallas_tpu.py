@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.hadamard import tiles
 from effarch.kernels.hadamard.views import View
 from effarch.kernels.quantize import places, rounding, xla
@@ -85,7 +84,7 @@ def over_tiles(body: Callable, x, outputs, prefetched=None, *, view, signs=None,
     return pl.pallas_call(
         kernel,
         out_shape=[
-            tpu_rows.shape_like(shapes[which], dtype, arrays[-1]) for which, dtype in outputs
+            varying.shape_like(shapes[which], dtype, arrays[-1]) for which, dtype in outputs
         ],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,

@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.short_conv import ages as ages_of
 from effarch.kernels.short_conv import xla
 
@@ -149,7 +148,7 @@ def _call(kernel, plan, arrays, outputs, rows, name):
 
     return pl.pallas_call(
         on_references,
-        out_shape=[tpu_rows.shape_like(shape, dtype, arrays[0]) for shape, dtype in outputs],
+        out_shape=[varying.shape_like(shape, dtype, arrays[0]) for shape, dtype in outputs],
         grid=(batch, channels // lanes, pl.cdiv(rows, _TOKENS)),
         in_specs=[spec(x.shape, x.dtype) for x in arrays],
         out_specs=[spec(*output) for output in outputs],

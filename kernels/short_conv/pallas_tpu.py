@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import rows, tpu_rows
+from effarch.kernels.chunked import rows
 from effarch.kernels.short_conv import ages as ages_of
 from effarch.kernels.short_conv import xla
 
@@ -133,7 +133,7 @@ def _call(x, start, taps, ages, plan, at):
         inputs = [pair for pair in inputs if pair[1] is not None]
         if plan.packed:
             scratch = [*scratch, pltpu.VMEM((tokens, LANES), jnp.float32)]
-        shapes = [tpu_rows.shape_like(shape, dtype, x) for _, shape, dtype in outputs]
+        shapes = [varying.shape_like(shape, dtype, x) for _, shape, dtype in outputs]
         return pl.pallas_call(
             functools.partial(kernel, plan),
             grid=grid,

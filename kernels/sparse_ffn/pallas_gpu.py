@@ -12,7 +12,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effarch.kernels import dispatch, platform, varying
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.sparse_ffn import active_rows, api
 
 _ROWS = 32
@@ -41,7 +40,7 @@ def _gathered(index_N, count, gate_BN, x, up, down, interpret):
     def call(kernel, grid, out_spec, shape, dtype, name, *operands):
         return pl.pallas_call(
             kernel,
-            out_shape=tpu_rows.shape_like(shape, dtype, x),
+            out_shape=varying.shape_like(shape, dtype, x),
             grid=grid,
             in_specs=[_whole(operand) for operand in operands],
             out_specs=out_spec,

@@ -10,7 +10,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effarch.kernels import dispatch, platform, varying
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.sparse_ffn import active_rows
 from effarch.kernels.sparse_ffn.active_rows import ROWS
 
@@ -42,7 +41,7 @@ def _gathered(index_N, count, gate_BN, x, up, down, interpret):
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         _kernel,
-        out_shape=tpu_rows.shape_like((B, width), jnp.float32, arrays[-1]),
+        out_shape=varying.shape_like((B, width), jnp.float32, arrays[-1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(1,),

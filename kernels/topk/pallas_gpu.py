@@ -12,7 +12,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.topk import rows
 
 
@@ -96,7 +95,7 @@ def _call(kernel, plan, shapes, arrays, name):
     warps = min(max(pl.next_power_of_2(plan.length) // 1024, 1), 16)
     return pl.pallas_call(
         kernel,
-        out_shape=[tpu_rows.shape_like(shape, dtype, arrays[0]) for shape, dtype in shapes],
+        out_shape=[varying.shape_like(shape, dtype, arrays[0]) for shape, dtype in shapes],
         grid=(arrays[0].shape[0],),
         in_specs=[spec(x.shape) for x in arrays],
         out_specs=[spec(shape) for shape, _ in shapes],

@@ -11,7 +11,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effarch.kernels import dispatch, varying
-from effarch.kernels.chunked import tpu_rows
 from effarch.kernels.topk import rows
 
 _LANES = 128
@@ -112,7 +111,7 @@ def _specs(plan):
 def _call(kernel, plan, in_specs, out_specs, shapes, arrays, name):
     return pl.pallas_call(
         kernel,
-        out_shape=[tpu_rows.shape_like(shape, dtype, arrays[0]) for shape, dtype in shapes],
+        out_shape=[varying.shape_like(shape, dtype, arrays[0]) for shape, dtype in shapes],
         grid=(arrays[0].shape[0] // plan.rows,),
         in_specs=in_specs,
         out_specs=out_specs,

@@ -184,7 +184,7 @@ test_split: test
 @pytest.mark.slow
 def test_lm_eval_itself_runs_local_tasks(tiny, naive, tmp_path):
     """Three tasks from files: choices by likelihood, bits per byte, and greedy continuations."""
-    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra hub)")
     scorer = scoring.Scorer(*tiny, batch_size=2)
     choices, rows, hits, bits = ["fox", "0123", " dog"], [], [], []
     for question in ("the quick", "lazy", "dog 012", "over the "):

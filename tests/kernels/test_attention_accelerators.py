@@ -1,10 +1,7 @@
 """Attention's TPU and GPU kernels, run by the interpreter, against the definition in float64."""
 
 import functools
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,7 +10,6 @@ import pytest
 from effarch.kernels import dispatch, platform
 from effarch.kernels.attention import api, pallas_gpu, pallas_tpu
 from effarch.kernels.delta_rule import api as delta_rule
-from effarch.parallel import topologies
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 B, T, H, G, K = 2, 150, 4, 2, 16
@@ -199,19 +195,7 @@ print(compiled.count("tpu_custom_call") + compiled.count('"__gpu$xla.gpu.triton"
         ("a100", "pallas_gpu", 64, dict(window=512, softcap=30.0)),
     ],
 )
-def test_value_and_gradient_compile(target, backend, width, options):
-    wheel = "libtpu" if backend == "pallas_tpu" else "jax_cuda13_plugin"
-    if not topologies._is_installed(wheel):
-        pytest.skip(f"the compiler wheel {wheel} is not installed")
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    env |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    env |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, target, backend, str(width), str(options)],
-        capture_output=True,
-        text=True,
-        env=env | {"TPU_LOG_DIR": "disabled"},
-        check=False,
-    )
+def test_value_and_gradient_compile(compile_for, target, backend, width, options):
+    done = compile_for(SCRIPT, target, backend, str(width), str(options))
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[0]) >= 3  # forward, and backward by keys and by queries

@@ -1,10 +1,7 @@
 """One token on a TPU and on a GPU, by the interpreter, against the recurrence in NumPy."""
 
 import functools
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +13,6 @@ from effarch.kernels.delta_rule import pallas_gpu as delta_gpu
 from effarch.kernels.delta_rule import pallas_tpu as delta_tpu
 from effarch.kernels.linear_attention import pallas_gpu as linear_gpu
 from effarch.kernels.linear_attention import pallas_tpu as linear_tpu
-from effarch.parallel import topologies
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 B, H, HV, K, V = 2, 2, 6, 16, 64
@@ -113,21 +109,9 @@ print(compiled.as_text().count("custom_call_target="), len(copies), memory.temp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v6e:2x2", "h100"])
-def test_the_state_is_written_in_place(target):
+def test_the_state_is_written_in_place(compile_for, target):
     """Two steps compile for the chip, no copy of a state among them."""
-    wheel = "libtpu" if target.startswith("v") else "jax_cuda13_plugin"
-    if not topologies._is_installed(wheel):
-        pytest.skip(f"the compiler wheel {wheel} is not installed")
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    env |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    env |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, target],
-        capture_output=True,
-        text=True,
-        env=env | {"TPU_LOG_DIR": "disabled"},
-        check=False,
-    )
+    done = compile_for(SCRIPT, target)
     assert done.returncode == 0, done.stderr[-2000:]
     kernels, copies, temporary_bytes = map(int, done.stdout.split())
     assert kernels >= 2 and copies == 0

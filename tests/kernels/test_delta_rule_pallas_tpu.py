@@ -56,7 +56,7 @@ def test_precise_factors_keep_what_alike_keys_lose(trial, relative_rms, gate):
         run = jax.jit(functools.partial(trial.kernel, chunk_size=64, precise=precise))
         errors.append(relative_rms(run(*inputs)[1], expected))
     # A fifth of the error here; what is left is the rounding of w and of the state.
-    assert errors[1] <= 1e-2 and errors[1] <= 0.4 * errors[0], errors
+    assert errors[1] <= 8e-3 and errors[1] <= 0.4 * errors[0], errors
 
 
 def test_two_runs_are_bit_equal_and_padding_is_ignored(trial, gate):

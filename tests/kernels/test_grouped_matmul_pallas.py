@@ -4,10 +4,7 @@ Where the interpreter finds memory that nothing has written, it reads NaN.
 """
 
 import functools
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +13,6 @@ import pytest
 
 from effarch.kernels import dispatch, platform
 from effarch.kernels.grouped_matmul import api, pallas_gpu, pallas_tpu
-from effarch.parallel import topologies
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 M, D, F, E, R = 640, 256, 384, 4, api.BLOCK
@@ -120,28 +116,13 @@ text = compiled.as_text()
 kernels = {"tpu": "tpu_custom_call", "gpu": "__gpu$xla.gpu.triton"}[target.device.platform]
 print(text.count(kernels), "kernels", flush=True)
 """
-QUIET = {
-    **{"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
-    **{"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"},
-}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "a100:1x1x4", "h100:1x1x4"]
 )
-def test_forward_and_backward_compile_inside_shard_map(target):
-    platform_of = topologies.parse(target).device.platform
-    missing = [x for x in topologies._WHEELS[platform_of] if not topologies._is_installed(x)]
-    if missing:
-        pytest.skip(f"the compiler wheels {', '.join(missing)} are not installed")
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, target],
-        capture_output=True,
-        text=True,
-        env={**env, **QUIET, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+def test_forward_and_backward_compile_inside_shard_map(compile_for, target):
+    done = compile_for(SCRIPT, target)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[0]) == 3  # the product and its two gradients

@@ -1,13 +1,8 @@
 """The TPU kernels of the recurrences pass the TPU's own compiler; no TPU is needed, only its wheel."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
-
-from effarch.parallel import topologies
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -42,29 +37,15 @@ with platform.tracing_for("tpu"), jax.sharding.set_mesh(mesh):
     compiled = step.lower(x, x, x, g, beta, state, segments).compile()
 print(compiled.as_text().count("tpu_custom_call"), "kernels", flush=True)
 """
-QUIET = {
-    **{"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
-    **{"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"},
-}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not topologies._is_installed("libtpu"), reason="the compiler wheel libtpu is not installed"
-)
 @pytest.mark.parametrize(
     ("op", "gate"),
     [("delta_rule", "head"), ("delta_rule", "channel"), ("linear_attention", "head")],
 )
 @pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_forward_and_backward_compile(target, op, gate):
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, target, op, gate],
-        capture_output=True,
-        text=True,
-        env={**env, **QUIET, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+def test_forward_and_backward_compile(compile_for, target, op, gate):
+    done = compile_for(SCRIPT, target, op, gate)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[0]) >= 2  # a forward and a backward kernel

@@ -1,9 +1,6 @@
 """The kernels of low precision and of sparsity pass the compilers of TPUs and GPUs that are not here."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -97,28 +94,14 @@ KERNELS = {
     "sparse_ffn": [{"tpu": 1, "gpu": 2}],
 }
 """How many of ours are in each program."""
-QUIET = {
-    **{"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
-    **{"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"},
-}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "tpu7x", "a100", "h100", "b200"])
-def test_kernels_compile(target, op):
+def test_kernels_compile(compile_for, target, op):
     kind = topologies.parse(target).device.platform
-    missing = [x for x in topologies._WHEELS[kind] if not topologies._is_installed(x)]
-    if missing:
-        pytest.skip(f"the compiler wheels {', '.join(missing)} are not installed")
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, target, op],
-        capture_output=True,
-        text=True,
-        env={**env, **QUIET, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    done = compile_for(SCRIPT, target, op)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = [int(line.rsplit(":", 1)[1]) for line in done.stdout.split("\n") if ":" in line]
     assert counts == [x[kind] if isinstance(x, dict) else x for x in KERNELS[op]]

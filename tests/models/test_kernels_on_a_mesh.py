@@ -1,12 +1,6 @@
 """Layers hand their kernels each device's own piece: compiled for eight chips that are not there."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-
-from effarch.parallel import topologies
 
 SCRIPT = """
 import sys
@@ -72,18 +66,7 @@ for shape, of_conv, of_rows in [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v6e:2x4", "h100:1x1x8"])
-def test_kernels_run_on_pieces_unless_a_piece_is_not_enough(target):
+def test_kernels_run_on_pieces_unless_a_piece_is_not_enough(compile_for, target):
     """With channels cut no device has the neurons of a token, with time cut none what lies before."""
-    wheels = topologies._WHEELS[topologies.parse(target).device.platform]
-    missing = [name for name in wheels if not topologies._is_installed(name)]
-    if missing:
-        pytest.skip(f"the compiler wheels {', '.join(missing)} are not installed")
-    quiet = dict(JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="false", TPU_LOG_DIR="disabled")
-    quiet |= dict(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", XLA_FLAGS="")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, target],
-        env=os.environ | quiet,
-        capture_output=True,
-        text=True,
-    )
+    done = compile_for(SCRIPT, target)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,6 @@ from flax import nnx
 
 from effarch.models.ffns import moe, mole
 from effarch.models.ffns.experts import ragged, traffic
-from effarch.parallel import topologies
 
 SCRIPT = """
 import jax
@@ -222,19 +221,8 @@ assert text.count("ragged-all-to-all") >= 4, text.count("ragged-all-to-all")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "h100:1x1x4"])
-def test_ragged_exchange_compiles_where_it_runs(target):
-    wheels = topologies._WHEELS[topologies.parse(target).device.platform]
-    missing = [name for name in wheels if not topologies._is_installed(name)]
-    if missing:
-        pytest.skip(f"the compiler wheels {', '.join(missing)} are not installed")
-    quiet = dict(JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="false", TPU_LOG_DIR="disabled")
-    quiet |= dict(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", XLA_FLAGS="")
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys\n" + SCRIPT + COMPILE, target],
-        env=os.environ | quiet,
-        capture_output=True,
-        text=True,
-    )
+def test_ragged_exchange_compiles_where_it_runs(compile_for, target):
+    done = compile_for("import sys\n" + SCRIPT + COMPILE, target)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

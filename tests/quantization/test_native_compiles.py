@@ -1,17 +1,10 @@
 """FP8 train steps pass the compilers of H100 and tpu7x with FP8 matrix instructions; none is here."""
 
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
-from effarch.parallel import topologies
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json, sys
 from effarch.aot import plan
@@ -33,33 +26,21 @@ print(held.temp_size_in_bytes, held.argument_size_in_bytes, setup.counts.params_
 print(compiled.as_text())
 """
 NATIVE = {"quantization__native": True}
-QUIET = {
-    **{"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
-    **{"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"},
-}
 
 
-def compiled(target, **fields):
+@pytest.fixture
+def compiled(compile_for):
     """Prints bytes of activations and the like and of arguments, parameters, then the compiled text."""
-    fields = {name.replace("__", "."): value for name, value in fields.items()}
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, target, json.dumps(fields)],
-        capture_output=True,
-        text=True,
-        env={**env, **QUIET, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
 
+    def run(target, **fields):
+        fields = {name.replace("__", "."): value for name, value in fields.items()}
+        return compile_for(SCRIPT, target, json.dumps(fields))
 
-def needs(module):
-    missing = not topologies._is_installed(module)
-    return pytest.mark.skipif(missing, reason=f"the compiler wheel {module} is not installed")
+    return run
 
 
 @pytest.mark.slow
-@needs("jax_plugins.xla_cuda13")
-def test_h100_multiplies_fp8_numbers():
+def test_h100_multiplies_fp8_numbers(compiled):
     """Three products a layer, in cuBLAS's FP8 form: forward E4M3 x E4M3, gradients E5M2 and E4M3."""
     done = compiled("h100", **NATIVE, quantization__recipe="fp8_current")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -75,8 +56,7 @@ def test_h100_multiplies_fp8_numbers():
 
 
 @pytest.mark.slow
-@needs("libtpu")
-def test_tpu7x_multiplies_fp8_numbers():
+def test_tpu7x_multiplies_fp8_numbers(compiled):
     """No FP8 operand is widened before its product: it goes into the convolution as it is."""
     done = compiled("tpu7x:1x1x1", **NATIVE, quantization__recipe="fp8_current")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -87,8 +67,7 @@ def test_tpu7x_multiplies_fp8_numbers():
 
 
 @pytest.mark.slow
-@needs("jax_plugins.xla_cuda13")
-def test_fp4_is_native_on_blackwell_and_refused_on_hopper():
+def test_fp4_is_native_on_blackwell_and_refused_on_hopper(compiled):
     done = compiled("b200", **NATIVE, quantization__recipe="nvfp4")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "f4e2m1fn" in done.stdout
@@ -97,8 +76,7 @@ def test_fp4_is_native_on_blackwell_and_refused_on_hopper():
 
 
 @pytest.mark.slow
-@needs("libtpu")
-def test_coat_takes_a_tpus_memory_as_predicted():
+def test_coat_takes_a_tpus_memory_as_predicted(compiled):
     """Activations of eight layers, whose copies in FP8 are about half; moments of 2.1 bytes, not 8."""
     sizes = dict(model__depth=8, data__batch_size=64)
     small = dict(quantization__recipe="fp8_current", quantization__saved_group=16)

@@ -35,13 +35,14 @@ HAVE = {
 
 @pytest.fixture(
     params=[
-        pytest.param(kind, marks=(pytest.mark.slow, pytest.mark.ci)) for kind in launchers.KINDS
+        pytest.param(kind, marks=(pytest.mark.slow, *[pytest.mark.ci] * (kind == "local")))
+        for kind in launchers.KINDS
     ],
     scope="module",
 )
 def launcher(request, tmp_path_factory):
     if not HAVE[request.param]:
-        pytest.skip(f"no {request.param} here")
+        pytest.skip(f"no {request.param} cluster here (extra clusters)")
     root = tmp_path_factory.mktemp("launcher")
     return launchers.build(request.param, root, parallel=2, gpus=0, options=OPTIONS[request.param])
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from effarch.kernels.chunked import tpu_rows
+from effarch.kernels import varying
 from effarch.kernels.delta_rule.pallas_gpu.rows import Plan
 
 STATE_COLUMNS = 32
@@ -149,7 +149,7 @@ def call(
         grid=grid,
         in_specs=[spec for _, spec in inputs.values()],
         out_specs=[spec for *_, spec in outputs.values()],
-        out_shape=[tpu_rows.shape_like(*shape, like) for *shape, _ in outputs.values()],
+        out_shape=[varying.shape_like(*shape, like) for *shape, _ in outputs.values()],
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=plan.interpret,
         name=name,

@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from effarch import config as config_lib
 from effarch.training import run_folder, writers
 
+TRAIN = ("-m", "effarch.train")
+
 
 def parser(text: str, *, runs: str, seeds: int) -> argparse.ArgumentParser:
     """The flags that `collect` reads and --seeds; `runs` is the default folder."""
@@ -64,27 +66,36 @@ def finished(
     cells: Mapping[str, Mapping],
     training: Callable[..., Sequence[str]],
     options: argparse.Namespace,
+    program: Sequence[str] = TRAIN,
 ) -> list[tuple[dict, pathlib.Path, dict]]:
     """Trains what is missing, then (cell, folder, summary) of every run that is finished.
 
     `cells` has them by the names of their folders in --runs; `training(**cell)` is a cell's flags.
+    `program` is what Python runs with them.
     """
     runs = {options.runs / name: dict(cell) for name, cell in cells.items()}
-    summaries = collect({folder: training(**cell) for folder, cell in runs.items()}, options)
+    flags = {folder: training(**cell) for folder, cell in runs.items()}
+    summaries = collect(flags, options, program)
     return [(runs[folder], folder, found) for folder, found in summaries.items()]
 
 
 def collect(
-    runs: Mapping[pathlib.Path, Sequence[str]], options: argparse.Namespace
+    runs: Mapping[pathlib.Path, Sequence[str]],
+    options: argparse.Namespace,
+    program: Sequence[str] = TRAIN,
 ) -> dict[pathlib.Path, dict]:
     """Trains what is missing, then folder -> summary of every run that is finished."""
     if not options.write_only:
         extra = [f"--config.train.num_steps={options.steps}"] if options.steps else []
-        train({folder: [*flags, *extra] for folder, flags in runs.items()}, options.parallel)
+        train(
+            {folder: [*flags, *extra] for folder, flags in runs.items()}, options.parallel, program
+        )
     return {folder: found for folder in runs if (found := summary(folder))}
 
 
-def train(runs: Mapping[pathlib.Path, Sequence[str]], parallel: int) -> None:
+def train(
+    runs: Mapping[pathlib.Path, Sequence[str]], parallel: int, program: Sequence[str] = TRAIN
+) -> None:
     """Run folder -> flags of its training, in this order, `parallel` at a time; finished ones are kept.
 
     Runs whose programs are equal, such as seeds, share what was compiled, in `.compiled` beside them.
@@ -94,7 +105,7 @@ def train(runs: Mapping[pathlib.Path, Sequence[str]], parallel: int) -> None:
 
     def one(folder: pathlib.Path) -> None:
         cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.absolute().parent / ".compiled")}
-        command = [sys.executable, "-m", "effarch.train", *missing[folder], f"--workdir={folder}"]
+        command = [sys.executable, *program, *missing[folder], f"--workdir={folder}"]
         subprocess.run(command, check=True, env=cache | os.environ)
 
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:

@@ -25,7 +25,8 @@ def finish(folder: pathlib.Path, loss: float) -> None:
 def test_missing_cells_are_trained_and_finished_ones_become_rows(tmp_path, monkeypatch):
     asked = {}
 
-    def train(runs, parallel):
+    def train(runs, parallel, program):
+        assert program == ("-m", "effarch.train")
         asked.update({folder.name: flags for folder, flags in runs.items()})
         finish(tmp_path / "a-seed2", 3.0)
         finish(tmp_path / "b-seed1", 5.0)

@@ -22,14 +22,29 @@ def published(technique: str, *, s: int, b: int, h: int, a: int, t: int) -> floa
     return TECHNIQUES[technique](s, b, h, a, t)
 
 
-def kept(names: str, *, s: int, b: int, h: int, f: int, t: int, pieces: int) -> float:
-    """Bytes a layer and device that `model.remat=names:NAMES` keeps, period inputs included.
+_SELECTIVE = ("q", "k", "v", "mixer_out", "ffn_up")
+"""Results of linear layers; that of the feed-forward's last one is only added, and nobody needs it."""
 
-    Our block (feed-forward of width f, as many key heads as heads, no dropout): two bytes for every
-    number; what has heads or hidden channels is split over t devices, the stream over `pieces`.
+
+def kept(remat: str, *, s: int, b: int, h: int, f: int, t: int, pieces: int) -> float:
+    """Bytes a layer and device that `model.remat` keeps, the period's input included; not of offload.
+
+    Our block (feed-forward of width f without gate, as many key heads as heads, no dropout): two bytes
+    for every number; what has heads or hidden channels is split t ways, the stream `pieces` ways.
     """
+    if remat == "none":
+        norms = 2 * (
+            2 * 4 * h / pieces + 2 * h
+        )  # x and its quotient in float32; what linear layers read
+        attention = (
+            5 * 2 * h / t
+        )  # q, k, v, what is read out, and that as rows for the last product
+        return (
+            s * b * (norms + attention + 5 * 2 * f / t)
+        )  # GELU: its input, result, and on the way
     sizes = {"mixer_in": h, "mixer_out": h / pieces, "ffn_in": h, "ffn_out": h / pieces}
     sizes |= dict.fromkeys(("q", "k", "v", "mixer_hidden"), h / t)
     sizes |= dict.fromkeys(("ffn_gate", "ffn_up", "ffn_hidden"), f / t)
-    chosen = names.removeprefix("names:").split(",") if names != "full" else []
+    named = tuple(remat.removeprefix("names:").split(","))
+    chosen = {"full": (), "selective": _SELECTIVE}.get(remat, named)
     return 2 * s * b * (h / pieces + sum(sizes[name] for name in chosen))

@@ -52,11 +52,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="the rows whose name holds this text")
-    only = parser.parse_args().only
+    parser.add_argument("--write_only", action="store_true", help="compile nothing")
+    options = parser.parse_args()
     _without_devices()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in ROWS:
-        if only in name and name not in found:
+        if options.only in name and name not in found and not options.write_only:
             start = time.perf_counter()
             found[name] = {"kept": _kept(name), "seconds": time.perf_counter() - start}
             experiment_record.write_json(RESULTS, found)
@@ -130,8 +131,8 @@ def _write_table(found: dict) -> None:
             continue
         sizes = {key: SIZES[key] for key in "sbh"} | dict(f=HIDDEN, t=tensor)
         sizes["pieces"] = 1 if rules else tensor
-        exact = remat == "full" or remat.startswith("names:")
-        ours = f"{activations.kept(remat, **sizes) / unit:.2f}" if exact else ""
+        on_device = not remat.startswith("offload:")
+        ours = f"{activations.kept(remat, **sizes) / unit:.2f}" if on_device else ""
         theirs = f"{activations.published(technique, **SIZES) / unit:g}" if technique else ""
         rows.append([name, f"`{remat}`", theirs, ours, f"{found[name]['kept'] / unit:.2f}"])
     header = ["technique", "model.remat", "published", "our prediction", "compiled"]

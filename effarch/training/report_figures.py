@@ -53,16 +53,16 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     if all(len(series(run.train, "ce")[0]) for run in runs):
         key, title = "ce", "Training cross-entropy"
     found = [
-        Panel(title, "nats per token", _over_runs(runs, "train", key, is_raw=True), "loss"),
-        Panel("Validation loss", "nats per token", _over_runs(runs, "evals", "loss"), "loss"),
+        Panel(title, "nats per token", over_runs(runs, "train", key, is_raw=True), "loss"),
+        Panel("Validation loss", "nats per token", over_runs(runs, "evals", "loss"), "loss"),
         *_bits_panels(runs),
-        Panel("Accuracy", "share of what is scored", _over_runs(runs, "evals", "accuracy"), "zero"),
-        Panel("Learning rate", "learning rate", _over_runs(runs, "train", "learning_rate")),
-        Panel("Gradient norm", "norm", _over_runs(runs, "train", "grad_norm", is_raw=True), "log"),
+        Panel("Accuracy", "share of what is scored", over_runs(runs, "evals", "accuracy"), "zero"),
+        Panel("Learning rate", "learning rate", over_runs(runs, "train", "learning_rate")),
+        Panel("Gradient norm", "norm", over_runs(runs, "train", "grad_norm", is_raw=True), "log"),
         Panel(
             "Speed",
             "tokens per second",
-            _over_runs(runs, "train", "time/tokens_per_second", is_raw=True),
+            over_runs(runs, "train", "time/tokens_per_second", is_raw=True),
             "zero",
         ),
     ]
@@ -139,7 +139,7 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def _over_runs(runs: Sequence[Run], kind: str, key: str, *, is_raw: bool = False) -> list[Curve]:
+def over_runs(runs: Sequence[Run], kind: str, key: str, *, is_raw: bool = False) -> list[Curve]:
     """One curve for each run that has finite values of `key`."""
     curves = []
     for index, run in enumerate(runs):
@@ -162,9 +162,7 @@ def _bits_panels(runs: Sequence[Run]) -> list[Panel]:
         sources = list(dict.fromkeys(source for run in runs for source in run.sources))
         parts = [("Bits per byte", key)]
         parts += [(f"Bits per byte: {source}", f"{source}/{key}") for source in sources]
-        return [
-            Panel(title, unit, _over_runs(runs, "evals", name), "loss") for title, name in parts
-        ]
+        return [Panel(title, unit, over_runs(runs, "evals", name), "loss") for title, name in parts]
     run = runs[0]
     parts = [("all" if run.sources else "validation", key)]
     parts += [(source, f"{source}/{key}") for source in run.sources]

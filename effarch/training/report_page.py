@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import effarch
 from effarch.training import (
     formatting,
+    report_costs,
     report_figures,
     report_load,
     report_rounding,
@@ -275,7 +276,11 @@ def _curves(runs: Sequence[Run]) -> str:
     figures = [
         report_figures.figure(panel, f"figure{number}")
         for number, panel in enumerate(
-            [*report_figures.panels(runs), *report_rounding.panels(runs)]
+            [
+                *report_figures.panels(runs),
+                *report_costs.panels(runs),
+                *report_rounding.panels(runs),
+            ]
         )
     ]
     return f'<div class="grid">{"".join(figures)}</div>' if figures else "<p>No records yet.</p>"

@@ -4,6 +4,7 @@ Usage: python -m effarch.sweep --config=CONFIG[:SWITCHES] [--config.FIELD=VALUE 
 
 Examples:
   python -m effarch.sweep --config=configs/ladder.py:budgets=1e13 --dry_run
+  python -m effarch.sweep --config=ladder:budgets=1e17 --dry_run --target=h100   # with estimated times
   python -m effarch.sweep --config=my_sweep.py --parallel=2
   python -m effarch.sweep --config=my_sweep.py --launcher=slurm --gpus=1 \\
       --launcher_options=partition=gpu,time=240,cpus_per_task=8
@@ -34,6 +35,11 @@ flags.DEFINE_integer("parallel", 0, "Runs at a time (local: 1, clusters: all).",
 flags.DEFINE_integer("gpus", 0, "GPUs of a run (0: local runs see all).", lower_bound=0)
 flags.DEFINE_bool("retry_failed", False, "Run failed ones again.")
 flags.DEFINE_bool("dry_run", False, "Only print the runs: sizes, FLOPs, tokens, lr, batch.")
+flags.DEFINE_string(
+    "target",
+    None,
+    "With --dry_run: the time on this machine, by effarch.compile (minutes a model).",
+)
 flags.DEFINE_bool("collect", False, "Only the table, results.csv and report.html of what is there.")
 
 
@@ -48,8 +54,12 @@ def main() -> int:
         taken = list(FLAGS["config"].override_values)
         runs = plan.runs(base, plan.get_sweep(source, arg), root, taken=taken)
         if FLAGS.dry_run:
-            print(results.dry_run(runs))
+            print(results.dry_run(runs, target=FLAGS.target))
             return 0
+        if FLAGS.target:
+            raise ValueError(
+                f"--target={FLAGS.target} is an estimate for --dry_run; add that flag."
+            )
         code = 0 if FLAGS.collect else _run(runs, root)
         print(results.table(runs))
         for path in results.write(runs, root):

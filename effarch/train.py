@@ -31,7 +31,9 @@ BAD_STEPS = 3
 command_line.define_config()
 flags.DEFINE_string("workdir", None, "The run's folder (default: runs/NAME-FINGERPRINT).")
 flags.DEFINE_string(
-    "trunk", None, "A longer run's folder: start where this run's decay (wsd) leaves it."
+    "trunk",
+    None,
+    "The folder of a run of another length: start at the last step that both share (wsd).",
 )
 flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of process 0.")
 flags.DEFINE_integer("num_processes", None, "Several processes: how many.")

@@ -5,7 +5,8 @@ A rule says how an array is rounded along the contraction and where its gradient
     y = Q(x H),   dx = (M * dy) H        H: block-diagonal Hadamard, its own inverse; M: the mask
 
 The result stays rotated: both operands of a product are, and the rotations cancel. Rules are frozen
-dataclasses with `rotate` and `(h, axis) -> (values, mask or None)`.
+dataclasses with `rotate` and `(h, axis) -> (values, mask or None)`. Their scales are moments, not
+maxima, so an infinity does not saturate: it stays one, or NaN, and so may its block or row.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from effarch.kernels.hadamard import api as hadamard
@@ -35,25 +37,30 @@ QUEST_ALPHA = {
 """The clipping point of a grid of 2^bits levels with the least squared error for N(0, 1)."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def estimate(x: Float[Array, "..."], rule, axis: int | tuple[int, ...]) -> Float[Array, "..."]:
-    """Q(x H) of a rule along `axis`, float32, with the rule's gradient. Several dimensions: `Stats`."""
-    return _estimate_forward(x, rule, axis)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def estimate(
+    x: Float[Array, "..."], rule, axis: int | tuple[int, ...], cut: NamedSharding | None = None
+) -> Float[Array, "..."]:
+    """Q(x H) of a rule along `axis`, float32, with the rule's gradient. Several dimensions: `Stats`.
+
+    `cut`: as in `kernels.hadamard`.
+    """
+    return _estimate_forward(x, rule, axis, cut)[0]
 
 
-def _estimate_forward(x, rule, axis):
+def _estimate_forward(x, rule, axis, cut):
     h = x.astype(jnp.float32)
     if rule.rotate:
-        h = hadamard.hadamard(h, block_size=rule.rotate, axis=axis)
+        h = hadamard.hadamard(h, block_size=rule.rotate, axis=axis, cut=cut)
     values, mask = rule(h, axis)
     return values, (mask, jnp.zeros((), x.dtype))
 
 
-def _estimate_backward(rule, axis, saved, dy):
+def _estimate_backward(rule, axis, cut, saved, dy):
     mask, like = saved
     dh = dy if mask is None else jnp.where(mask, dy, 0)
     if rule.rotate:
-        dh = hadamard.hadamard(dh, block_size=rule.rotate, axis=axis)
+        dh = hadamard.hadamard(dh, block_size=rule.rotate, axis=axis, cut=cut)
     return (dh.astype(like.dtype),)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from effarch.kernels import platform
@@ -102,6 +103,18 @@ PLAIN = Products()
 """No rounding."""
 
 
+class Cuts(NamedTuple):
+    """How a mesh cuts the arrays of a product, so that kernels can run on each device's pieces."""
+
+    x: NamedSharding | None = None
+    w: NamedSharding | None = None
+    e: NamedSharding | None = None
+
+
+WHOLE = Cuts()
+"""Not cut, or nobody knows how: XLA splits what rounds."""
+
+
 def multiply(
     products: Products,
     x: Float[Array, "T I"],
@@ -111,6 +124,7 @@ def multiply(
     seed: jax.Array | None = None,
     amax: Float[Array, "3"] | None = None,
     probe: Float[Array, "3"] | None = None,
+    cuts: Cuts = WHOLE,
 ) -> Float[Array, "T O"]:
     """y = Q(x) Q(w) in `dtype`, with the gradients of `products`.
 
@@ -118,7 +132,7 @@ def multiply(
     amax: the magnitudes that set the scales of x, w and e instead of their own (delayed scaling).
     probe: zeros, whose cotangent becomes the largest magnitudes of x, w and e.
     """
-    return _multiply((products, dtype), x, w, seed, amax, probe)
+    return _multiply((products, dtype, cuts), x, w, seed, amax, probe)
 
 
 class _Rounded(NamedTuple):
@@ -137,10 +151,10 @@ def _multiply(static, x, w, seed, amax, probe):
 
 
 def _forward(static, x, w, seed, amax, probe):
-    products, dtype = static
+    products, dtype, cuts = static
     amax_x, amax_w = (None, None) if amax is None else (amax[0], amax[1])
-    x_rounded = _rounded(products, "y_x", x, 1, dtype, amax=amax_x)
-    w_rounded = _rounded(products, "y_w", w, 0, dtype, amax=amax_w)
+    x_rounded = _rounded(products, "y_x", x, 1, dtype, cuts, amax=amax_x)
+    w_rounded = _rounded(products, "y_w", w, 0, dtype, cuts, amax=amax_w)
     y = _product(products, "y_x", x_rounded, 1, w_rounded, 0).astype(dtype)
     seen = None if probe is None else jnp.stack([_largest(x), _largest(w)])
     # What the backward pass would round in the same way is kept rounded.
@@ -151,7 +165,7 @@ def _forward(static, x, w, seed, amax, probe):
 
 
 def _backward(static, saved, e):
-    products, dtype = static
+    products, dtype, cuts = static
     x, w, (like_x, like_w), seed, amax, seen = saved
     _check_tokens(products, e.shape[0])
     seeds, signs = draws(products, seed)
@@ -160,7 +174,7 @@ def _backward(static, saved, e):
     def rounded(name, array, axis, amax):
         if isinstance(array, _Rounded):
             return array._replace(values=array.values.astype(dtype))
-        return _rounded(products, name, array, axis, dtype, seeds.get(name), signs, amax)
+        return _rounded(products, name, array, axis, dtype, cuts, seeds.get(name), signs, amax)
 
     e_rounded, w_rounded = rounded("dx_e", e, 1, amax_e), rounded("dx_w", w, 1, amax_w)
     dx = _product(products, "dx_e", e_rounded, 1, w_rounded, 1).astype(like_x.dtype)
@@ -173,7 +187,7 @@ def _backward(static, saved, e):
 _multiply.defvjp(_forward, _backward)
 
 
-def _rounded(products, name, x, axis, dtype, seed=None, signs=None, amax=None) -> _Rounded:
+def _rounded(products, name, x, axis, dtype, cuts, seed=None, signs=None, amax=None) -> _Rounded:
     """Values in `dtype`, rounded as the operand `name` says."""
     operand = getattr(products, name)
     if operand is None:
@@ -200,6 +214,7 @@ def _rounded(products, name, x, axis, dtype, seed=None, signs=None, amax=None) -
         seed=seed,
         headroom=operand.headroom,
         rotation=rotation,
+        cut=getattr(cuts, name[-1]),
     )
     if operand.scale_waits:
         return _Rounded(values.astype(dtype), (block * tensor).reshape(-1))

@@ -37,6 +37,8 @@ def _fit(flags: argparse.Namespace) -> dict:
     found = fits.fit(law, table, options, num_starts=flags.starts)
     result = {
         "law": law.name,
+        "columns": [*law.inputs, law.output],
+        "delta": options.delta,
         "params": found.params,
         "objective": found.objective,
         "runs": found.num_runs,

@@ -31,6 +31,8 @@ class Vertices:
     flops: np.ndarray
     size: np.ndarray
     loss: np.ndarray
+    curvature: np.ndarray
+    """Of the parabola, loss + curvature (ln N - ln N*)^2."""
     dropped: tuple[float, ...]
     """Budgets without an accepted vertex."""
 
@@ -72,14 +74,14 @@ def vertices(
         rows = rows[np.argsort(sizes[rows])]
         lowest = int(np.argmin(losses[rows]))
         near = rows[max(lowest - window, 0) : lowest + window + 1]
-        log_size, loss = _vertex(np.log(sizes[near]), losses[near])
+        log_size, loss, curvature = _vertex(np.log(sizes[near]), losses[near])
         below = min(lowest, int(np.sum(np.log(sizes[rows]) < log_size)))
         above = min(len(rows) - 1 - lowest, int(np.sum(np.log(sizes[rows]) > log_size)))
         if len(near) >= 3 and min(below, above) >= min_side:
-            found.append((budget, np.exp(log_size), loss))
+            found.append((budget, np.exp(log_size), loss, curvature))
         else:
             dropped.append(float(budget))
-    return Vertices(*np.array(found).reshape(-1, 3).T, dropped=tuple(dropped))
+    return Vertices(*np.array(found).reshape(-1, 4).T, dropped=tuple(dropped))
 
 
 def akima_optimum(
@@ -124,7 +126,8 @@ def exponent_band(
     """The interval of the exponent of N* under the noise between seeds.
 
     Each resample adds noise to every loss, refits every parabola and then the power law. `noise(losses)`
-    is the standard deviation between seeds; `options` go to `vertices`.
+    is the standard deviation between seeds; `options` go to `vertices`. Raises ValueError if no
+    resample leaves two budgets with a vertex.
     """
     draw, std = np.random.default_rng(seed), noise(losses)
     exponents = []
@@ -132,6 +135,11 @@ def exponent_band(
         found = vertices(flops, sizes, losses + std * draw.standard_normal(len(losses)), **options)
         if len(found.flops) > 1:
             exponents.append(power_law(found.flops, found.size).exponent)
+    if not exponents:
+        raise ValueError(
+            f"no resample of {len(np.unique(flops))} budgets left two with a vertex; add budgets, or "
+            "sizes beyond the lowest losses."
+        )
     tail = (1 - level) / 2
     low, high = np.quantile(exponents, (tail, 1 - tail))
     return float(low), float(high)
@@ -159,12 +167,12 @@ def envelope(
     return grid[inner], order[best[inner]], curves.min(axis=0)[inner]
 
 
-def _vertex(log_sizes: np.ndarray, losses: np.ndarray) -> tuple[float, float]:
-    """(ln N*, loss) at the vertex; (-inf, nan) where the parabola opens downward."""
+def _vertex(log_sizes: np.ndarray, losses: np.ndarray) -> tuple[float, float, float]:
+    """(ln N*, loss, curvature) at the vertex; (-inf, nan, nan) where the parabola opens downward."""
     if len(log_sizes) < 3:
-        return -np.inf, np.nan
+        return -np.inf, np.nan, np.nan
     centre = log_sizes.mean()
     curve, slope, level = np.polyfit(log_sizes - centre, losses, 2)
     if curve <= 0:
-        return -np.inf, np.nan
-    return centre - slope / (2 * curve), level - slope**2 / (4 * curve)
+        return -np.inf, np.nan, np.nan
+    return centre - slope / (2 * curve), level - slope**2 / (4 * curve), curve

@@ -10,7 +10,7 @@ from typing import Any
 from effarch import config as config_lib
 from effarch.data import batches, dataset
 from effarch.models import accounting, build
-from effarch.sweeping import display, status
+from effarch.sweeping import display, estimates, status
 from effarch.sweeping.plan import Run
 from effarch.training import evaluation, formatting, report_page
 
@@ -43,18 +43,28 @@ def _row(run: Run) -> dict[str, Any]:
     return identity | run.overrides | (summary if state == status.FINISHED else {})
 
 
-def dry_run(runs: Sequence[Run]) -> str:
+def dry_run(runs: Sequence[Run], *, target: str | None = None) -> str:
     """A table of what the sweep would do: sizes, FLOPs, tokens, learning rate and batch of each run.
 
-    FLOPs are the model's own count; 6ND counts the matrices that a token meets, with the head.
+    FLOPs are the model's own count; 6ND counts the matrices that a token meets, with the head. `target`
+    adds the time that the runs would take on such a machine (estimates.py).
 
     Builds no array; prepares the data if the vocabulary's size depends on it.
     """
-    header = ("run", "status", "params", "tokens", "6ND", "FLOPs", "lr", "batch", "steps")
+    header = ["run", "status", "params", "tokens", "6ND", "FLOPs", "lr", "batch", "steps"]
     rows = [_planned(run) for run in runs]
-    total = sum(flops for _, flops in rows)
-    shown = _aligned([[*header, "changes"], *(cells for cells, _ in rows)])
-    return f"{shown}\n{len(runs)} runs, {formatting.scientific(total)} FLOPs in all"
+    cells, total = [row for row, _ in rows], sum(flops for _, flops in rows)
+    in_all = f"{len(runs)} runs, {formatting.scientific(total)} FLOPs in all"
+    if target:
+        seconds = estimates.seconds(runs, target)
+        header.append("time")
+        for row, time in zip(cells, seconds):
+            row.append("does not fit" if time is None else formatting.duration(time))
+        whole = formatting.duration(sum(filter(None, seconds)))
+        in_all += f", {whole} on {target} by the compiled steps"
+    changes = [display.describe(run, without=_COLUMNS) for run in runs]
+    lines = [[*header, "changes"], *([*row, change] for row, change in zip(cells, changes))]
+    return f"{_aligned(lines)}\n{in_all}"
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -100,7 +110,6 @@ def _planned(run: Run) -> tuple[list[str], float]:
         f"{c.optimizer.learning_rate:.3g}",
         f"{c.data.batch_size} x {c.data.seq_len}",
         f"{c.train.num_steps:,}",
-        display.describe(run, without=_COLUMNS),
     ]
     return cells, flops
 

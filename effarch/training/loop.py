@@ -46,7 +46,7 @@ class Outcome:
 class Loop:
     """One run in one folder. `run` trains from wherever the folder's checkpoints are to the end.
 
-    A run that has none yet starts where its decay leaves the run in the folder `trunk`, if one is given.
+    A run that has none yet starts at the last step that it shares with the run in `trunk`, if given.
     """
 
     def __init__(

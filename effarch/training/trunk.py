@@ -2,7 +2,8 @@
 
 Up to the start of its decay a wsd run takes the steps of any longer one, bit for bit (schedules.py).
 So a longer run that kept the checkpoint of that step serves as the trunk, and the shorter one trains its
-decay alone: one model at several lengths costs the longest and a fifth of each other one (Hägele et al.,
+decay alone; or a shorter run serves, and the longer one goes on where the shorter one's decay began.
+Either way one model at several lengths costs the longest and a fifth of each other one (Hägele et al.,
 arXiv 2405.18392).
 """
 
@@ -36,6 +37,11 @@ def branch_step(config) -> int:
     return schedules.decay_start(num_steps, schedule.decay_fraction)
 
 
+def start_step(trunk, config) -> int:
+    """The last step that a run of `config` shares with its trunk: where the first decay starts."""
+    return min(branch_step(trunk), branch_step(config))
+
+
 def is_trunk(config, of) -> bool:
     """Whether a run of `config` passes through the state in which the decay of the run `of` starts."""
     try:
@@ -55,30 +61,32 @@ def keeps_checkpoint(config, step: int) -> bool:
 
 def check(config, folder: pathlib.Path) -> None:
     """Raises ValueError unless the run in `folder` can be the trunk of a run of `config`."""
-    step, trunk = branch_step(config), run_folder.read_config(folder)
+    trunk = run_folder.read_config(folder)
+    step = start_step(trunk, config)
     if wrong := _differences(trunk, config):
         shown = "; ".join(f"{name}: {old!r} there, {new!r} here" for name, old, new in wrong[:3])
         raise ValueError(
             f"--trunk={folder} trained another config ({shown}); give the trunk of this one."
         )
-    if not is_trunk(trunk, config):
+    if not _quantizes_equally(trunk, config, step):
         raise ValueError(
-            f"--trunk={folder} leaves the constant rate, or its quantized steps end, before step "
-            f"{step}, where this run's decay starts; give a longer trunk."
+            f"--trunk={folder} and this run do not quantize the same steps before step {step}, up to "
+            "which they would share them; give a trunk of another length."
         )
     kept = _checkpoints(folder).steps()
     if step not in kept:
         raise ValueError(
-            f"--trunk={folder} keeps no checkpoint of step {step}, where this run's decay starts (it "
+            f"--trunk={folder} keeps no checkpoint of step {step}, where the first decay starts (it "
             f"has {', '.join(map(str, kept)) or 'none'}); train it with checkpoint.every_steps and "
             "checkpoint.keep_period that divide that step."
         )
 
 
 def restore(plan, folder: pathlib.Path) -> tuple[int, object]:
-    """(step, state) with which the decay of the plan's run starts."""
+    """(step, state) of the last step that the plan's run shares with the trunk."""
+    step = start_step(run_folder.read_config(folder), plan.config)
     with _checkpoints(folder) as saved:
-        step, state, _ = saved.restore(plan.target(), step=branch_step(plan.config))
+        step, state, _ = saved.restore(plan.target(), step=step)
     return step, state
 
 

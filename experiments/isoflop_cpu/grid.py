@@ -55,7 +55,7 @@ def get_config(arg=""):
 
 def rate(width: int) -> float:
     """The peak, of both architectures: updates of Muon have one rms, so their norm grows as sqrt(W)."""
-    return 4e-3 * math.sqrt(80 / width)
+    return 1e-2 * math.sqrt(80 / width)
 
 
 def _spend(c, flops: float) -> None:
@@ -65,4 +65,3 @@ def _spend(c, flops: float) -> None:
     c.train.num_steps = 5 * fifths
     c.optimizer.schedule.kind, c.optimizer.schedule.decay_fraction = "wsd", 0.2
     c.checkpoint.every_steps, c.checkpoint.keep_period = fifths, 4 * fifths
-    c.optimizer.schedule.warmup_steps = min(40, 4 * fifths)

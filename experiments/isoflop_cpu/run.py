@@ -220,6 +220,8 @@ def _draw(runs: dict[str, tables.Table], best: dict[str, isoflop.Vertices]) -> N
             marker, line = styles[layers]
             for index, flops in enumerate(grid.BUDGETS):
                 rows = tables.where(table, flops=flops)
+                if not tables.num_rows(rows):
+                    continue
                 label = f"{layers}, {flops:.0e} FLOPs"
                 style = dict(color=f"C{index}", marker=marker, ms=4, ls="", mfc="none")
                 left.plot(rows["params_matmul"], rows["loss"], label=label, **style)
@@ -238,8 +240,10 @@ def _draw(runs: dict[str, tables.Table], best: dict[str, isoflop.Vertices]) -> N
                 right.plot(found.flops, law(found.flops), color="C3", ls=line, lw=1, label=label)
         left.set(xlabel="parameters with the head", ylabel="bits per byte, held out", xscale="log")
         left.legend(frameon=False, fontsize=7)
-        right.set(xlabel="training FLOPs", ylabel="best size N*", xscale="log", yscale="log")
-        right.legend(frameon=False, fontsize=8)
+        right.set(xlabel="training FLOPs", ylabel="best size N*")
+        if any(len(found.flops) for found in best.values()):
+            right.set(xscale="log", yscale="log")
+            right.legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ every magnitude as it was, and nothing is re-randomised (arXiv 2505.14669's code
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from effarch.kernels import dispatch
 
@@ -20,17 +21,19 @@ def hadamard(
     block_size: int,
     axis: int = -1,
     signs: jax.Array | None = None,
+    cut: NamedSharding | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Transforms every block of `block_size` elements along `axis`; same shape and dtype as x.
 
     `signs` [block_size], +1 or -1, multiply x first; `signs * hadamard(y)` undoes the transform.
-    block_size is a power of two that divides the dimension. Computed in float32.
+    block_size is a power of two that divides the dimension. Computed in float32. `cut`: how a mesh cuts
+    x [rows, columns], so that kernels can run on each device's piece.
     """
     x = jnp.asarray(x)
     check(x, axis, block_size, signs)
     axis %= x.ndim
-    return dispatch.call("hadamard", "hadamard", BACKENDS, backend, x, block_size, axis, signs)
+    return dispatch.call("hadamard", "hadamard", BACKENDS, backend, x, block_size, axis, signs, cut)
 
 
 def check(x: jax.Array, axis: int, block_size: int, signs: jax.Array | None) -> None:

@@ -11,8 +11,10 @@ _ELEMENTS = 8192
 """Of a tile, at most."""
 
 
-def hadamard(x, block_size, axis, signs, *, interpret=False):
+def hadamard(x, block_size, axis, signs, cut=None, *, interpret=False):
     """See `api.hadamard`. `interpret` runs the kernel without a GPU: for tests."""
+    if cut is not None:
+        return views.on_pieces(hadamard, x, block_size, axis, signs, cut, interpret)
     dispatch.require("gpu", interpret)
     view = views.of_axis(x, axis, block_size)
     tile_of(view)

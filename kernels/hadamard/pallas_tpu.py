@@ -11,8 +11,10 @@ _WIDEST = 512
 """Elements of a side of a tile."""
 
 
-def hadamard(x, block_size, axis, signs, *, interpret=False):
+def hadamard(x, block_size, axis, signs, cut=None, *, interpret=False):
     """See `api.hadamard`. `interpret` runs the kernel without a TPU: for tests."""
+    if cut is not None:
+        return views.on_pieces(hadamard, x, block_size, axis, signs, cut, interpret)
     dispatch.require("tpu", interpret)
     view = views.of_axis(x, axis, block_size)
     if view.shape[1] % _LANES or view.shape[2] % _LANES:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 
-def hadamard(x, block_size, axis, signs):
+def hadamard(x, block_size, axis, signs, cut=None):
     """See `api.hadamard`."""
     moved = jnp.moveaxis(x.astype(jnp.float32), axis, -1)
     blocks = moved.reshape(-1, block_size)

@@ -1,11 +1,12 @@
 """How an array lies before kernels that transform and round it: as [L, P, Q], blocks along P or Q."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from effarch.kernels import dispatch
+from effarch.kernels import dispatch, pieces
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -20,6 +21,8 @@ class View(NamedTuple):
     """Elements that share a scale."""
     rotate: int
     """Block of the transform before; 0: none."""
+    columns: int = 0
+    """Of the whole matrix where this is a piece of one; 0: those of `shape`."""
 
     @property
     def unit(self) -> int:
@@ -42,3 +45,14 @@ def of_axis(x, axis: int, rotate: int) -> View:
     else:
         shape = (math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :]))
     return View(shape, axis == x.ndim - 1, 1, rotate)
+
+
+def on_pieces(backend: Callable, x, block_size: int, axis: int, signs, cut, interpret: bool):
+    """A backend's `hadamard` on each device's own piece of x."""
+
+    def on_piece(x, piece, signs):
+        return backend(x, block_size, axis, signs, interpret=interpret)
+
+    return pieces.run(
+        on_piece, x, cut, axis, block_size, signs, outputs=cut.spec, checked=not interpret
+    )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def hadamard(x, block_size, axis, signs):
+def hadamard(x, block_size, axis, signs, cut=None):
     """See `api.hadamard`."""
     dtype, x = x.dtype, x.astype(jnp.float32)
     matrix = jnp.asarray(sylvester(block_size) * np.float32(block_size**-0.5))

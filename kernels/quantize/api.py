@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from effarch.kernels import dispatch
 from effarch.kernels.hadamard import api as hadamard
@@ -82,7 +83,7 @@ def quantize(
       stochastic rounding.
     rotate: block size of a Hadamard transform of x along `axis`, which must then be one dimension; 0
       is none. `signs` [rotate] multiply x first (`kernels.hadamard`).
-    Infinities saturate; a NaN makes its block NaN.
+    Infinities saturate; a NaN makes its block NaN, or all where a scale is the tensor's (NVFP4).
     """
     fmt = formats.find(format)
     axes = blocked_axes(x.shape, fmt, axis, block_size)
@@ -119,11 +120,13 @@ def scaled(
     seed: jax.Array | None = None,
     headroom: bool | None = None,
     rotation: Rotation | None = None,
+    cut: NamedSharding | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(values on the element's grid, block scales, tensor scale), all float32: `quantize` uncoded.
 
-    `seed`: two uint32 words for stochastic rounding; the same noise on every backend.
+    `seed`: two uint32 words for stochastic rounding; the same noise on every backend. `cut`: how a mesh
+    cuts x [rows, columns], so that kernels can run on each device's piece.
     """
     seed = seed if rounding == "stochastic" else None
     shrink = fmt.headroom if headroom or (headroom is None and seed is not None) else 1.0
@@ -131,7 +134,7 @@ def scaled(
         hadamard.check(x, rotation.axis, rotation.block_size, rotation.signs)
         rotation = rotation._replace(axis=rotation.axis % x.ndim)
     return dispatch.call(
-        "quantize", "quantize", BACKENDS, backend, x, fmt, axes, shrink, ties, seed, rotation
+        "quantize", "quantize", BACKENDS, backend, x, fmt, axes, shrink, ties, seed, rotation, cut
     )
 
 

@@ -16,18 +16,22 @@ from effarch.kernels.hadamard import tiles
 from effarch.kernels.quantize import places, rounding, xla
 
 
-def quantize(x, fmt, axes, shrink, ties, seed, rotation, *, interpret=False):
+def quantize(x, fmt, axes, shrink, ties, seed, rotation, cut=None, piece=None, *, interpret=False):
     """See `xla.quantize`. `interpret` runs the kernel without a GPU: for tests."""
+    if cut is not None:
+        return places.on_pieces(
+            quantize, x, fmt, axes, shrink, ties, seed, rotation, cut, interpret
+        )
     dispatch.require("gpu", interpret)
-    view = places.view(x, fmt, axes, rotation)
+    view = places.view(x, fmt, axes, rotation, piece)
     signs = None if rotation is None else rotation.signs
     run = functools.partial(_over_tiles, x, view, signs, interpret)
     largest = x
     if fmt.scale == "e4m3" and rotation is not None:  # its scales depend on the largest of all
         (largest,) = run(_largest(view), ["scales"])
-    tensor = places.tensor_scale(fmt, shrink, largest)
+    tensor = places.tensor_scale(fmt, shrink, largest, piece)
     body = _rounding(view, fmt, shrink, ties, seed is not None)
-    values, block = run(body, ["values", "scales"], (places.words(seed), tensor))
+    values, block = run(body, ["values", "scales"], (places.words(seed, piece), tensor))
     shape = [n // view.block if dim == axes[0][0] else n for dim, n in enumerate(x.shape)]
     return values.reshape(x.shape).astype(jnp.float32), block.reshape(shape), tensor[0]
 
@@ -38,7 +42,7 @@ def _over_tiles(x, view, signs, interpret, body, outputs, arguments=None):
     high, wide = hadamard.tile_of(view)
     unit = view.unit
     if arguments is None:
-        arguments = jnp.zeros(2, jnp.int32), jnp.zeros(1, jnp.float32)
+        arguments = jnp.zeros(4, jnp.int32), jnp.zeros(1, jnp.float32)
     ones = tiles.matrix(view.rotate or unit, unit, signs if view.rotate else None)
     arrays = varying.align([*arguments, ones, x.reshape(view.shape)])
 
@@ -62,7 +66,7 @@ def _over_tiles(x, view, signs, interpret, body, outputs, arguments=None):
         ],
         grid=(batch, p // high, q // wide),
         in_specs=[
-            pl.BlockSpec((2,), lambda *_: (0,)),
+            pl.BlockSpec((4,), lambda *_: (0,)),
             pl.BlockSpec((1,), lambda *_: (0,)),
             pl.BlockSpec((unit, unit), lambda *_: (0, 0)),
             pl.BlockSpec((None, high, wide), lambda n, i, j: (n, i, j)),
@@ -78,7 +82,7 @@ def _rounding(view, fmt, shrink, ties, is_random):
     def body(x, starts, words_ref, tensor_ref):
         noise = None
         if is_random:
-            place = places.places(view, starts, x.shape)
+            place = words_ref[2] + places.places(view, starts, x.shape)
             noise = _in_blocks(rounding.noise(place, (words_ref[0], words_ref[1])), view)
         blocks, within = _in_blocks(x, view), 2 if view.is_last else 1
         values, block, _ = xla.round_blocks(

@@ -23,19 +23,23 @@ _LONGEST, _MOST = 1024, 4096
 """Elements of a tile along the blocks: at most so many if they divide, else all if not too many."""
 
 
-def quantize(x, fmt, axes, shrink, ties, seed, rotation, *, interpret=False):
+def quantize(x, fmt, axes, shrink, ties, seed, rotation, cut=None, piece=None, *, interpret=False):
     """See `xla.quantize`. `interpret` runs the kernel without a TPU: for tests."""
+    if cut is not None:
+        return places.on_pieces(
+            quantize, x, fmt, axes, shrink, ties, seed, rotation, cut, interpret
+        )
     dispatch.require("tpu", interpret)
-    view = places.view(x, fmt, axes, rotation)
+    view = places.view(x, fmt, axes, rotation, piece)
     signs = None if rotation is None else rotation.signs
     options = dict(view=view, signs=signs, interpret=interpret)
     largest = x
     if fmt.scale == "e4m3" and rotation is not None:  # its scales depend on the largest of all
         (largest,) = over_tiles(_largest(view), x, [("scales", jnp.float32)], **options)
-    tensor = places.tensor_scale(fmt, shrink, largest)
+    tensor = places.tensor_scale(fmt, shrink, largest, piece)
     body = _rounding(view, fmt, shrink, ties, seed is not None)
     wanted = [("values", jnp.bfloat16), ("scales", jnp.float32)]
-    values, block = over_tiles(body, x, wanted, (places.words(seed), tensor), **options)
+    values, block = over_tiles(body, x, wanted, (places.words(seed, piece), tensor), **options)
     block = block[0].T if view.is_last else block
     shape = [n // view.block if dim == axes[0][0] else n for dim, n in enumerate(x.shape)]
     return values.reshape(x.shape).astype(jnp.float32), block.reshape(shape), tensor[0]
@@ -64,7 +68,7 @@ def over_tiles(body: Callable, x, outputs, prefetched=None, *, view, signs=None,
     length = length_of(view)
     tile_p, tile_q = (_LANES, length) if view.is_last else (length, _LANES)
     if prefetched is None:
-        prefetched = jnp.zeros(2, jnp.int32), jnp.zeros(1, jnp.float32)
+        prefetched = jnp.zeros(4, jnp.int32), jnp.zeros(1, jnp.float32)
     ones = tiles.matrix(view.rotate or 1, _LANES, signs if view.rotate else None)
     arrays = varying.align([*prefetched, ones, x.reshape(view.shape)])
 
@@ -118,7 +122,7 @@ def _rounding(view, fmt, shrink, ties, is_random):
     def body(t, starts, words, tensor):
         noise = None
         if is_random:
-            place = places.places(view, starts, t.shape, turned=view.is_last)
+            place = words[2] + places.places(view, starts, t.shape, turned=view.is_last)
             noise = _in_blocks(rounding.noise(place, (words[0], words[1])), view)
         values, block, _ = xla.round_blocks(
             _in_blocks(t, view), 1, fmt, shrink, ties, noise, tensor[0]

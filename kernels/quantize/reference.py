@@ -7,7 +7,7 @@ from effarch.kernels.quantize import api, rounding
 from effarch.kernels.quantize.formats import ELEMENTS
 
 
-def quantize(x, fmt, axes, shrink, ties, seed, rotation):
+def quantize(x, fmt, axes, shrink, ties, seed, rotation, cut=None):
     """See `xla.quantize`."""
     x = x.astype(jnp.float32)
     if rotation is not None:
@@ -23,14 +23,15 @@ def quantize(x, fmt, axes, shrink, ties, seed, rotation):
 def _scales(amax, fmt, shrink):
     tiny, largest = 2.0**-126, fmt.element.max
     if fmt.scale == "float32":
-        scale = jnp.where(amax > 0, jnp.maximum(amax / (largest * shrink), tiny), 1.0)
+        scale = jnp.where(amax == 0, 1.0, jnp.maximum(amax / (largest * shrink), tiny))
         return scale, jnp.float32(1)
     if fmt.scale == "e8m0":
-        return _power_of_two(jnp.maximum(amax, tiny), fmt), jnp.float32(1 / shrink)
+        block = _power_of_two(jnp.maximum(amax, tiny), fmt)
+        return jnp.where(jnp.isnan(amax), amax, block), jnp.float32(1 / shrink)
     tensor = jnp.max(amax) / (448 * largest)
-    tensor = jnp.where(tensor > 0, jnp.maximum(tensor, tiny), 1.0)
+    tensor = jnp.where(tensor == 0, 1.0, jnp.maximum(tensor, tiny))
     block = _round(amax / (largest * shrink) / tensor, ELEMENTS["e4m3"], "even", None)
-    return jnp.where(block > 0, block, 1.0), tensor
+    return jnp.where(block == 0, 1.0, block), tensor
 
 
 def _power_of_two(amax, fmt):

@@ -38,7 +38,7 @@ def of_tensor(largest: jax.Array, fmt: Format) -> jax.Array:
     """The tensor scale of a format with E4M3 scales, float32, from the largest magnitude of all."""
     room = ELEMENTS["e4m3"].max * fmt.element.max
     largest = jnp.minimum(largest, _LARGEST)
-    return jnp.where(largest > 0, jnp.maximum(largest / room, TINY), 1.0)
+    return jnp.where(largest == 0, 1.0, jnp.maximum(largest / room, TINY))
 
 
 def of_blocks(
@@ -52,21 +52,22 @@ def of_blocks(
 
     `amax` holds each block's largest magnitude; `shrink` is 1 or the format's headroom; `tensor` is
     `of_tensor`'s if `amax` holds but a part of the blocks. A block of zeros has a scale that is not
-    zero, and an infinite amax counts as the largest float32. `even`: as in `rounding.nearest`.
+    zero, one with a NaN has a NaN, and an infinite amax counts as the largest float32. `even`: as in
+    `rounding.nearest`.
     """
     amax = jnp.minimum(amax, _LARGEST)
     largest = fmt.element.max
     if fmt.scale == "float32":
-        scale = jnp.where(amax > 0, jnp.maximum(amax / (largest * shrink), TINY), 1.0)
+        scale = jnp.where(amax == 0, 1.0, jnp.maximum(amax / (largest * shrink), TINY))
         return scale, np.float32(1)
     if fmt.scale == "e8m0":
         if fmt.scale_rounding == "floor":
             raw = exponent(jnp.maximum(amax, TINY)) - fmt.element.emax
         else:
             raw = exponent(jnp.maximum(amax / largest, TINY), fmt.scale_rounding)
-        return power_of_two(raw), np.float32(1 / shrink)
+        return jnp.where(jnp.isnan(amax), amax, power_of_two(raw)), np.float32(1 / shrink)
     tensor = of_tensor(jnp.max(amax), fmt) if tensor is None else tensor
     top = ELEMENTS["e4m3"].max
     share = jnp.minimum(amax / (largest * shrink) / tensor, top)
     block = rounding.nearest(share, ELEMENTS["e4m3"], even=even)
-    return jnp.where(block > 0, block, 1.0), tensor
+    return jnp.where(block == 0, 1.0, block), tensor

@@ -6,10 +6,10 @@ from effarch.kernels.hadamard import xla as hadamard
 from effarch.kernels.quantize import api, rounding, scales
 
 
-def quantize(x, fmt, axes, shrink, ties, seed, rotation):
+def quantize(x, fmt, axes, shrink, ties, seed, rotation, cut=None):
     """(values on the grid like x, block scales, tensor scale), float32; see `api.scaled`.
 
-    `shrink`: 1, or the format's headroom. `seed` None rounds to nearest.
+    `shrink`: 1, or the format's headroom. `seed` None rounds to nearest. `cut` is for kernels alone.
     """
     x = x.astype(jnp.float32)
     if rotation is not None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.linen import fp8_ops
 
 from effarch.kernels import QuantizedArray, quantize
 from effarch.kernels.quantize import api, formats, rounding, scales
@@ -56,7 +57,7 @@ def test_e2m1_is_the_sixteen_values_of_the_specification():
 def test_nearest_even_is_the_cast_of_ml_dtypes(name):
     element = ELEMENTS[name]
     grid = element.magnitudes()
-    draws = gaussian(100_000) * np.exp2(np.random.default_rng(1).uniform(-12, 12, 100_000))
+    draws = gaussian(1_000_000) * np.exp2(np.random.default_rng(1).uniform(-12, 12, 1_000_000))
     ties = (grid[1:] + grid[:-1]) / 2
     x = np.concatenate([draws, ties, np.nextafter(ties, 9e9), np.nextafter(ties, 0), grid, -ties])
     x = np.clip(x, -element.max, element.max).astype(np.float32)
@@ -91,6 +92,21 @@ def test_exponents_near_powers_of_two_zero_and_subnormals():
     np.testing.assert_array_equal(
         scales.power_of_two(jnp.array([-200, -3, 127])), np.exp2([-126.0, -3, 127])
     )
+
+
+def test_powers_of_two_are_the_codes_of_e8m0():
+    codes = np.arange(255, dtype=np.uint8)  # the last one is NaN
+    want = codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+
+    @jax.jit
+    def run(exponents):
+        values = scales.power_of_two(exponents)
+        return values, values.astype(jnp.float8_e8m0fnu)
+
+    values, stored = run(np.arange(-127, 128))
+    assert want[0] == 2.0**-127 and values[0] == want[1]  # XLA flushes 2^-127
+    np.testing.assert_array_equal(values[1:], want[1:])
+    np.testing.assert_array_equal(np.asarray(stored).view(np.uint8)[1:], codes[1:])
 
 
 @functools.partial(jax.jit, static_argnames=("format", "axis", "block_size", "rounding", "backend"))
@@ -174,6 +190,44 @@ def test_every_format_is_bounded_finite_and_idempotent():
         coarsest = np.diff(fmt.element.magnitudes()).max() / fmt.element.max
         bound = np.abs(x[1]).max() * max(0.51 * coarsest, 1 - fmt.headroom) * 1.1
         assert np.abs(y[1] - x[1]).max() <= bound, name
+
+
+def test_a_nan_makes_its_block_nan_in_every_kind_of_format():
+    """Element types without a NaN lose it; their scales do not."""
+    x = gaussian(2, 128)
+    x[0, 5] = np.nan
+    sizes = {"int8": 128, "mxfp4": 32, "mxfp6": 32, "nvfp4": None}  # None: a scale of the tensor
+
+    @jax.jit
+    def run(x):
+        return {
+            (name, backend): quantize(x, name, backend=backend).dequantize()
+            for name in sizes
+            for backend in BACKENDS
+        }
+
+    for (name, backend), y in run(x).items():
+        want = np.zeros(x.shape, bool)
+        want[0, : sizes[name]] = True
+        want |= sizes[name] is None
+        np.testing.assert_array_equal(np.isnan(y), want, err_msg=f"{name} {backend}")
+
+
+def test_the_largest_value_of_a_tensor_takes_the_largest_code():
+    """Current scaling: amax <-> 448; and flax's scale from an amax is the inverse of ours."""
+    x = gaussian(64, 64, seed=5)
+    amax = np.abs(gaussian(1000, seed=6)) * np.exp2(gaussian(1000, seed=7) * 10)
+
+    @jax.jit
+    def run(x, amax):
+        array = quantize(x, "e4m3", axis=None)
+        ours, _ = scales.of_blocks(amax, FORMATS["e4m3"], 1.0)
+        return array.codes.astype(jnp.float32), ours, fp8_ops.compute_scale(amax, 1.0, 448.0)
+
+    codes, ours, theirs = map(np.asarray, run(x, amax.astype(np.float32)))
+    place = np.unravel_index(np.abs(x).argmax(), x.shape)
+    assert codes[place] == np.sign(x[place]) * 448 == np.sign(x[place]) * np.abs(codes).max()
+    np.testing.assert_allclose(ours, theirs, rtol=2e-7)  # a division there, two of them here
 
 
 def test_stochastic_rounding_is_unbiased_and_plain_clipping_is_not():

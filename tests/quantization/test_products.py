@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from effarch import config as default
+from effarch.kernels.quantize import formats
 from effarch.quantization import estimators, matmul, recipes, rules
 
 T, I, O = 64, 32, 64
@@ -212,6 +213,9 @@ def test_stochastic_gradients_are_unbiased_and_average_as_the_root_of_the_draws(
         tiles = dataclasses.replace(recipe.products, dx_e=None, dw_e=None, dw_x=None)
         _, dx, dw = run(recipes.Recipe(tiles), X, W, E)
     one, mean = relative(dx_all[0], dx), relative(dx_all.mean(0), dx)
+    if kind == "quartet":  # of a prototype apart from this code
+        assert one == pytest.approx(0.236, rel=0.1)
+        assert relative(dw_all[0], dw) == pytest.approx(0.237, rel=0.1)
     assert 0.1 < one < 0.4
     assert mean < 1.25 * one / 20
     if kind == "quartet":
@@ -228,8 +232,68 @@ def test_dropping_the_rotation_of_one_operand_destroys_the_gradient():
         recipe, products=dataclasses.replace(recipe.products, dx_w=operand)
     )
     _, dx, _ = run(recipes.quartet(backward="none"), X, W, E)
-    assert relative(run(broken, X, W, E, SEED)[1], dx) > 0.9
+    assert relative(run(broken, X, W, E, SEED)[1], dx) > 1
     assert relative(run(recipe, X, W, E, SEED)[1], dx) < 0.5
+
+
+def test_rotations_alone_leave_the_gradient():
+    """Both operands of dw in a format of 17 bits: what is left of the transform is its rounding."""
+    wide = formats.Format(formats.Float("wide", 5, 16, 15, 2.0**15))
+    recipe = recipes.nvfp4()
+    rotated = dataclasses.replace(recipe.products.dw_x, format=wide)
+    products = dataclasses.replace(recipe.products, y_x=None, y_w=None, dx_e=None, dx_w=None)
+    both = dataclasses.replace(products, dw_x=rotated, dw_e=rotated)
+    assert relative(run(recipes.Recipe(both), X, W, E, SEED)[2], X.T @ E) < 1e-4
+    plain = dataclasses.replace(both, dw_e=dataclasses.replace(rotated, rotate=0))
+    assert relative(run(recipes.Recipe(plain), X, W, E, SEED)[2], X.T @ E) > 1
+
+
+@pytest.mark.slow  # quick, but only the newest JAX has it on a CPU: that of the smoke subset
+@pytest.mark.smoke
+def test_mxfp8_is_that_of_jax():
+    """`jax.nn.scaled_dot_general`, forward and both gradients: E4M3, scales rounded up."""
+    config = jax.nn.get_scaled_dot_general_config("mxfp8")
+
+    @jax.jit
+    def theirs(x, w, e):
+        def product(x, w):
+            dims = (((1,), (0,)), ((), ()))
+            return jax.nn.scaled_dot_general(
+                x, w, dims, preferred_element_type=jnp.float32, configs=[config] * 3
+            )
+
+        y, vjp = jax.vjp(product, x, w)
+        return y, *vjp(e)
+
+    try:
+        want = theirs(X, W, E)
+    except NotImplementedError:
+        pytest.skip("this JAX has scaled products for GPUs alone")
+    for one, other in zip(run(recipes.mxfp8(), X, W, E), want):
+        close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("short", [(48, I, O), (T, 48, O), (T, I, 48)])
+def test_sizes_that_blocks_do_not_divide_are_refused(short):
+    t, i, o = short
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((t, i), (i, o), (t, o))]
+    with pytest.raises(ValueError, match="blocks of 32"):
+        run.eval_shape(recipes.mxfp8(), *shapes)
+
+
+def test_rematerialization_rounds_alike():
+    recipe = recipes.quartet()
+
+    @jax.jit
+    def twice(x, w, e):
+        def product(x, w):
+            y = jnp.tanh(x)
+            return matmul.quantized_matmul(y, w, recipe, dtype=jnp.float32, seed=SEED)
+
+        return [jax.vjp(f, x, w)[1](e) for f in (product, jax.checkpoint(product))]
+
+    for one, other in zip(*twice(X, W, E)):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_block_of_zeros_gives_zeros():
@@ -261,50 +325,12 @@ def test_quartet_forward_by_a_loop():
 
     y = run(recipes.quartet(backward="none"), X, W, E)[0]
     close(y, project(X) @ project(W.T).T, 1e-5)
-    assert relative(y, X @ W) < 0.25
+    assert relative(y, X @ W) == pytest.approx(0.166, rel=0.1)
 
 
-def test_projection_errors_of_gaussian_blocks_are_the_tabled_ones():
-    """MSE / variance and share of masked entries, std of the blocks log-uniform in [1, 2)."""
-    std = np.exp2(np.random.default_rng(1).uniform(0, 1, (40_000, 1))).astype(np.float32)
-    x = gaussian(40_000, 32) * std
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def error(x, std, mode):
-        values, mask = estimators.Quartet(0, mode)(x, 1)
-        return jnp.mean(((values - x) / std) ** 2), 1 - jnp.mean(mask)
-
-    for mode, want, masked in (
-        ("floor", 2.235e-2, 0.054),
-        ("nearest", 1.336e-2, 0.008),
-        ("none", 1.236e-2, None),
-    ):
-        got, share = error(x, std, mode)
-        np.testing.assert_allclose(got, want, rtol=0.02)
-        if masked:
-            np.testing.assert_allclose(share, masked, rtol=0.1)
-
-
-def test_quest_alpha_minimises_the_gaussian_error():
-    """The closed-form error of 2^b levels on N(0, 1), by integration over a fine grid."""
-    z = np.linspace(-9, 9, 200_001)
-    density = np.exp(-z * z / 2) / np.sqrt(2 * np.pi) * (z[1] - z[0])
-    tabled = {1: 0.3633802, 2: 0.1188461, 3: 0.0374397, 4: 0.0115429, 6: 0.00104005, 8: 8.78212e-5}
-
-    def error(alpha, bits):
-        step = 2 * alpha / (2**bits - 1)
-        q = (np.round(np.clip(z, -alpha, alpha) / step + 0.5) - 0.5) * step
-        return (density * (q - z) ** 2).sum()
-
-    for bits, want in tabled.items():
-        alpha = estimators.QUEST_ALPHA[bits]
-        np.testing.assert_allclose(error(alpha, bits), want, atol=1e-6)
-        for other in (alpha * 0.99, alpha * 1.01):
-            # The published 8-bit constant lies 1 % below the minimum.
-            assert bits == 8 or error(other, bits) > error(alpha, bits)
-
-
-@pytest.mark.parametrize(("bits", "estimator"), [(1, "clip"), (4, "trust"), (0, "trust")])
+@pytest.mark.parametrize(
+    ("bits", "estimator"), [(1, "clip"), (2, "trust"), (4, "trust"), (0, "trust")]
+)
 def test_quest_by_its_formulas(bits, estimator):
     recipe = recipes.quest(bits=bits or 4, fp4=bits == 0, rotate=32, estimator=estimator)
     h = sylvester(32)
@@ -315,13 +341,15 @@ def test_quest_by_its_formulas(bits, estimator):
         if bits == 0:
             unit = 0.48707948 * rms
             values = np.clip(rows / unit, -6, 6).astype(ml_dtypes.float4_e2m1fn)
-            return values.astype(np.float32) * unit, np.abs(rows) <= 7 * unit
+            values = values.astype(np.float64) * unit
+            return values, np.abs(values - rows) <= unit
         end = estimators.QUEST_ALPHA[bits] * rms
         levels = np.linspace(-1, 1, 2**bits) * end[..., None]
         nearest = np.abs(levels - rows[..., None]).argmin(-1)
         values = np.take_along_axis(levels, nearest[..., None], -1)[..., 0]
-        limit = end + end / (2**bits - 1) if estimator == "trust" else end
-        return values, np.abs(rows) <= limit
+        if estimator == "clip":
+            return values, np.abs(rows) <= end
+        return values, np.abs(values - rows) <= end / (2**bits - 1) * (1 + 1e-9)
 
     inputs = X.copy()
     inputs[3] += 8 * h[5]  # an outlier after the rotation
@@ -331,40 +359,6 @@ def test_quest_by_its_formulas(bits, estimator):
     close(dx, (mask_x * (E @ w)) @ h, 1e-5)
     close(dw, ((mask_w * (E.T @ x)) @ h).T, 1e-5)
     assert mask_x.mean() < 1
-
-
-def test_learned_steps_have_the_piecewise_gradient():
-    bits, low, high = 3, -4, 3
-    step = np.float32(0.4)
-
-    @jax.jit
-    def both(x, step, dy):
-        y, vjp = jax.vjp(lambda x, step: estimators.learned_step(x, step, bits), x, step)
-        return y, *vjp(dy)
-
-    y, dx, d_step = both(X, step, E[:, :I])
-    total = 0.0
-    for u, g in zip((X / step).ravel(), E[:, :I].ravel()):
-        slope = low if u < low else high if u > high else np.round(u) - u
-        total += g * slope
-    inside = (X / step >= low) & (X / step <= high)
-    np.testing.assert_array_equal(dx, np.where(inside, E[:, :I], 0))
-    np.testing.assert_allclose(y, np.round(np.clip(X / step, low, high)) * step, rtol=1e-6)
-    np.testing.assert_allclose(d_step, total / np.sqrt(X.size * high), rtol=1e-4)
-    np.testing.assert_allclose(
-        estimators.initial_step(jnp.asarray(X), bits), 2 * np.abs(X).mean() / np.sqrt(3), rtol=1e-5
-    )
-
-
-def test_statistical_weights_lie_on_half_integer_levels():
-    bits, n = 2, 2
-    w = np.asarray(jax.jit(lambda w: estimators.estimate(w, estimators.Stats(bits), 0))(W))
-    scale = 2 * np.abs(W).mean(0)
-    levels = np.array([2 * j + 1 for j in range(-n, n)]) / (2 * n)
-    distance = np.abs(w[..., None] / scale[:, None] - levels).min(-1)
-    assert distance.max() < 1e-5
-    c = np.clip(W / scale, -1, 1)
-    assert np.abs(w / scale - c).max() <= 1 / (2 * n) + 1e-5
 
 
 @pytest.mark.parametrize("kind", sorted(set(recipes.KINDS) - {"none", "fp8_delayed", "lsq", "ofq"}))

@@ -91,6 +91,8 @@ def test_experts_have_one_quantizer_and_the_router_none():
         quantized_paths(model, section("fp8_delayed"))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_products_of_latent_experts_are_rounded():
     model = model_config("attention/mole", depth=1)
     model.blocks.mole.update(num_experts=4, top_k=2, hidden=32, group_size=2, latent=32)

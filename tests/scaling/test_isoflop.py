@@ -26,6 +26,7 @@ def test_vertices_and_their_power_law():
     found = isoflop.vertices(*runs())
     np.testing.assert_allclose(found.size, [best_size(c) for c in BUDGETS], rtol=1e-9)
     np.testing.assert_allclose(found.loss, 3, rtol=1e-12)
+    np.testing.assert_allclose(found.curvature, 0.1, rtol=1e-9)
     law = isoflop.power_law(found.flops, found.size)
     assert law.exponent == pytest.approx(0.5)
     assert law.coefficient == pytest.approx(0.1)
@@ -81,6 +82,9 @@ def test_exponent_band_widens_with_the_noise():
         for s in (0.002, 0.01)
     )
     assert large[0] < small[0] < 0.5 < small[1] < large[1]
+    one_budget = runs(budgets=(1e16,))
+    with pytest.raises(ValueError, match="no resample of 1 budgets left two with a vertex"):
+        isoflop.exponent_band(*one_budget, no_noise, resamples=3)
 
 
 def test_akima_optimum():

@@ -50,6 +50,7 @@ def test_the_command_fits_a_file(tmp_path, capsys):
     command.main([f"--csv={path}", "--starts=6", "--bootstrap=5"])
     result = json.loads(capsys.readouterr().out)
     assert result["runs"] == 15
+    assert result["columns"] == ["params", "tokens", "loss"] and result["delta"] == 1e-3
     assert result["params"]["alpha"] == pytest.approx(0.35, abs=1e-3)
     assert result["params"]["E"] == pytest.approx(1.8, abs=1e-3)
     assert set(result["se"]) == {"A", "B", "E", "alpha", "beta"}

@@ -1,13 +1,16 @@
 """The ladder config: its closed forms agree with the models that it makes."""
 
+import json
 import math
+import pathlib
+import subprocess
 
 import pytest
 
 from effarch import config_check
 from effarch.configs import ladder
 from effarch.models import accounting, build
-from effarch.sweeping import plan, results
+from effarch.sweeping import estimates, plan, results
 
 
 @pytest.mark.parametrize(("layers", "budget"), [("attention", 1e13), ("hybrid", 1e14)])
@@ -60,3 +63,33 @@ def test_dry_run_shows_sizes_and_costs(tmp_path):
 def test_an_unknown_kind_of_layers_is_refused():
     with pytest.raises(ValueError, match="Did you mean 'hybrid'"):
         ladder.get_sweep("layers=hybird")
+
+
+def test_dry_run_estimates_times_once_a_step(tmp_path, monkeypatch):
+    """Two seeds and two lengths of one model are one compile; a model that does not fit says so."""
+    base = ladder.get_config()
+    base.model.vocab_size = ladder.VOCAB_SIZE
+    small, large = ({**ladder.rung(1e13, f, "attention"), "train.num_steps": 50} for f in (0.5, 1))
+    sweep = [small, {**small, "seed": 1}, {**small, "train.num_steps": 200}, large]
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        (path,) = (part.removeprefix("--config=") for part in command if "--config=" in part)
+        width = json.loads(pathlib.Path(path).read_text())["model"]["width"]
+        fits = width == small["model.width"]
+        return subprocess.CompletedProcess(command, 0 if fits else 1, '{"seconds": 1.5}', "")
+
+    monkeypatch.setattr(estimates.subprocess, "run", run)
+    runs = plan.runs(base.lock(), sweep, tmp_path)
+    lines = results.dry_run(runs, target="v5e:1x1").splitlines()
+    place = lines[0].index("time")
+    times = [line[place : lines[0].index("changes")].strip() for line in lines[1:5]]
+    assert times == ["1:15", "1:15", "5:00", "does not fit"]
+    assert lines[5].endswith(", 7:30 on v5e:1x1 by the compiled steps")
+    assert len(commands) == 2 and commands[0][-2:] == ["--target=v5e:1x1", "--json"]
+
+    failed = subprocess.CompletedProcess([], 2, "", "note\nerror: --target=v9 is not known.\n")
+    monkeypatch.setattr(estimates.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ValueError, match=r"--target=v9, ladder.*: --target=v9 is not known"):
+        results.dry_run(runs, target="v9")

@@ -30,6 +30,17 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
     assert not np.asarray(muon.orthogonalize(jnp.zeros((4, 6)))).any()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_singular_values_of_gaussian_matrices(dtype):
+    """Four to one: 0.6 to 1.2 in both types; of a square one the largest alone."""
+    for shape, low in (((256, 64), 0.6), ((64, 64), 0.0)):
+        x = np.random.default_rng(1).normal(size=shape)
+        y = muon.orthogonalize(jnp.asarray(x, dtype))
+        assert y.dtype == dtype
+        singular = np.linalg.svd(np.asarray(y, np.float32), compute_uv=False)
+        assert low < singular.min() and singular.max() < 1.2
+
+
 def test_muon_directions_equal_those_of_optax():
     """Without nesterov (optax corrects its bias) and with in >= out (where versions agree)."""
     dims = optax.contrib.MuonDimensionNumbers()

@@ -1,4 +1,4 @@
-"""A decay that branches off a longer run is the decay of a whole run, bit for bit."""
+"""A run that shares steps with one of another length is a whole run, bit for bit."""
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ def train(config, folder, **options):
 @pytest.mark.slow
 @pytest.mark.ci
 def test_a_branch_equals_the_whole_run(make, tmp_path):
-    train(make(LONG), tmp_path / "long")
+    long = train(make(LONG), tmp_path / "long")
     whole = train(make(SHORT), tmp_path / "whole")
     trunk.check(make(SHORT), tmp_path / "long")
     branch = train(make(SHORT), tmp_path / "branch", trunk=tmp_path / "long")
@@ -45,6 +45,10 @@ def test_a_branch_equals_the_whole_run(make, tmp_path):
     assert first > BRANCH  # the steps before were not trained again
     again = train(make(SHORT), tmp_path / "branch", trunk=tmp_path / "long")
     assert int(again.state.step) == SHORT  # a finished branch has checkpoints of its own
+    trunk.check(make(LONG), tmp_path / "whole")  # a shorter run is a trunk as well
+    longer = train(make(LONG), tmp_path / "longer", trunk=tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, long.state, longer.state)
+    assert writers.read_metrics(tmp_path / "longer")[0]["step"] > BRANCH
 
 
 def test_who_can_be_the_trunk(make):
@@ -69,10 +73,11 @@ def test_a_wrong_trunk_is_refused(make, tmp_path):
 
     with pytest.raises(ValueError, match=r"trained another config \(seed: 5 there, 0 here\)"):
         trunk.check(make(SHORT), saved(seed=5))
-    with pytest.raises(
-        ValueError, match="before step 8, where this run's decay starts; give a longer"
-    ):
+    with pytest.raises(ValueError, match=r"keeps no checkpoint of step 7, where the first decay"):
         trunk.check(make(SHORT), saved(**{"train.num_steps": 9}))
+    tail = {"quantization.tail_steps": 4}
+    with pytest.raises(ValueError, match="do not quantize the same steps before step 8"):
+        trunk.check(make(SHORT, **tail), saved(**tail))
     with pytest.raises(ValueError, match=r"keeps no checkpoint of step 8.*\(it has none\)"):
         trunk.check(make(SHORT), saved())
     with pytest.raises(ValueError, match="kind='cosine' has no steps in common"):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from effarch.kernels.grouped_matmul import api as grouped_matmul
 from effarch.models.context import Context
 from effarch.models.state import ModelState, Probe
-from effarch.quantization import diagnostics, estimators, grouped, matmul
+from effarch.quantization import diagnostics, estimators, grouped, matmul, products
 from effarch.quantization.recipes import Recipe
 
 _KEY = 1 << 20  # folded into the layer's key, away from the numbers that layers use themselves
@@ -25,6 +25,10 @@ class Quantizer(nnx.Module):
 
     seed = None
     """Two random uint32 words of this layer and step; handed out by `prepare`."""
+    axes = None
+    """Logical axes of a linear layer's matrix; given by `attach`."""
+    layout = None
+    """The run's mesh and rules; given by `prepare`."""
     observed = None
     """A Probe for `diagnostics`; given by `watch`."""
 
@@ -49,7 +53,16 @@ class Quantizer(nnx.Module):
         return {}
 
     def product(self, x, w, dtype):
-        return matmul.quantized_matmul(x, w, self.recipe, dtype=dtype, seed=self.seed)
+        given = dict(dtype=dtype, seed=self.seed, cuts=self._cuts())
+        return matmul.quantized_matmul(x, w, self.recipe, **given)
+
+    def _cuts(self) -> products.Cuts:
+        """Tokens are cut by rows of the batch; with time cut as well, pieces are no matrices."""
+        layout = self.layout
+        if self.axes is None or layout is None or layout.mesh.size == 1 or layout.parts("time") > 1:
+            return products.WHOLE
+        arrays = (("batch", self.axes[0]), self.axes, ("batch", self.axes[1]))
+        return products.Cuts(*(layout.sharding(logical) for logical in arrays))
 
     def grouped(self, x, w, group_sizes, *, name: str, **options):
         """`kernels.grouped_matmul` of experts; the module's products differ by `name`."""
@@ -143,6 +156,7 @@ def attach(block: nnx.Module, found: dict[str, Recipe | None]) -> None:
     for path, layer in linear_layers(block).items():
         if found.get(path) is not None:
             layer.quantizer = make(found[path], layer, path)
+            layer.quantizer.axes = getattr(layer, "axes", None)
 
 
 def keep_small(block: nnx.Module, group: int) -> None:
@@ -212,7 +226,7 @@ def prepare(block: nnx.Module, ctx: Context) -> None:
             node.saved_group = 0
     quantizers = [node for _, node in nnx.iter_graph(block) if isinstance(node, Quantizer)]
     for quantizer in quantizers:
-        quantizer.is_active = ctx.quantized
+        quantizer.is_active, quantizer.layout = ctx.quantized, ctx.layout
     random = [quantizer for quantizer in quantizers if quantizer.recipe.products.is_random]
     if ctx.key is not None and ctx.quantized and random:
         key = jax.random.fold_in(ctx.key, _KEY)

@@ -78,8 +78,9 @@ def _write(tables: dict, found: list[dict]) -> None:
             for mixer in MIXERS
             if any((mixer, share) in table for share in SHARES[:-1])
         ]
-        means = [_mean(table, share) for share in SHARES]
-        rows.append(["mean of the mixers", *(f"{x:.3f}" if x is not None else "" for x in means)])
+        means = [_means(table, share) for share in SHARES]
+        shown = [experiment_record.ranged(values) if len(values) else "" for values in means]
+        rows.append(["mean of the mixers", *shown])
         seeds = [_seeds(table, share) for share in SHARES]
         rows.append(["seeds", *seeds])
         header = ["mixer", *(f"{share} of {MOST}" for share in SHARES)]
@@ -92,10 +93,11 @@ def _cell(table: dict, mixer: str, share: int) -> str:
     return experiment_record.ranged(values) if values else ""
 
 
-def _mean(table: dict, share: int) -> float | None:
-    """Over the mixers that have every share."""
+def _means(table: dict, share: int) -> np.ndarray:
+    """Of the mixers that have every share, over those mixers, for each seed that all of them have."""
     whole = [mixer for mixer in MIXERS if all((mixer, other) in table for other in SHARES)]
-    return float(np.mean([np.mean(table[mixer, share]) for mixer in whole])) if whole else None
+    seeds = min((len(table[mixer, other]) for mixer in whole for other in SHARES), default=0)
+    return np.array([np.mean([table[mixer, share][i] for mixer in whole]) for i in range(seeds)])
 
 
 def _seeds(table: dict, share: int) -> str:
@@ -106,26 +108,33 @@ def _seeds(table: dict, share: int) -> str:
 
 
 def _verdict(tables: dict, found: list[dict]) -> str:
-    loss, recall = ([_mean(tables[data], share) for share in SHARES] for data in DATA)
+    loss, recall = (np.array([_means(tables[data], share) for share in SHARES]) for data in DATA)
     start = f"{experiment_record.effort(found)} "
-    if None in loss or None in recall:
+    if not loss.size or not recall.size:
         return start + "No verdict yet: no mixer has every share."
     hybrids = loss[1:-1]
-    spread = max(hybrids) / min(hybrids) - 1
-    steps = np.diff(recall[:-1])
-    largest = int(np.argmax(steps))
-    rises = all(step > -FLAT for step in steps)
-    ends = {"pure recurrence": loss[0], "attention alone": loss[-1]}
-    beaten = [name for name, end in ends.items() if min(hybrids) < end]
+    spread = hybrids.max(0) / hybrids.min(0) - 1
+    pure, few, many = recall[0], recall[1:-1].min(0), recall[1:-1].max(0)
+    rises = (np.diff(recall[:-1], axis=0) > -FLAT).all(0)
+    least = pure < np.minimum(few, recall[-1])
+    best = [(hybrids.min(0) < end).sum() for end in (loss[0], loss[-1])]
+    of = f"of {loss.shape[1]} seeds"
     return start + (
-        f"**Verdict.** Loss over the hybrid shares differs by {100 * spread:.1f}% in the mean of the "
-        f"mixers: {'flat' if spread <= FLAT else 'not flat'} by the claim's 1%. Recall "
-        f"{'rises' if rises else 'does not rise steadily'} with the share, from {recall[0]:.3f} "
-        f"(pure) over {recall[1]:.3f} to {recall[-2]:.3f}, most between {SHARES[largest]} and "
-        f"{SHARES[largest + 1]} layers of attention; pure recurrence "
-        f"{'recalls least' if recall[0] == min(recall) else 'does not recall least'}. The best hybrid "
-        f"share has a lower loss than {' and '.join(beaten) or 'neither end'}."
+        f"**Verdict**, in the means over the mixers. Loss over the hybrid shares differs by "
+        f"{_percent(spread)}: {'flat' if spread.max() <= FLAT else 'not flat'} by the claim's 1 %. "
+        f"Recall of pure recurrence is {experiment_record.ranged(pure)}, that of hybrids "
+        f"{experiment_record.ranged(few)} at the share where it is least and "
+        f"{experiment_record.ranged(many)} where it is most; it rises with every further layer of "
+        f"attention on {rises.sum()} {of}. Pure recurrence recalls less than any hybrid on "
+        f"{(pure < few).sum()} {of}, and less than attention alone as well on {least.sum()}. The best "
+        f"hybrid has a lower loss than pure recurrence on {best[0]} and than attention alone on "
+        f"{best[1]} {of}."
     )
+
+
+def _percent(parts: np.ndarray) -> str:
+    ends = f" ({100 * parts.min():.1f} to {100 * parts.max():.1f} %)" if len(parts) > 1 else ""
+    return f"{100 * parts.mean():.1f} %{ends}"
 
 
 def _draw(tables: dict) -> None:

@@ -13,6 +13,7 @@ BITS = {"pred": 8, "c64": 64, "c128": 128}
 """Types whose name does not end in their width; the rest do (bf16, s32, f8e4m3fn: 8)."""
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
+_END = re.compile(r'\}(, execution_thread="[^"]*")?')
 _HEAD = re.compile(r"^\s+(?:ROOT )?%([^\s=]+) = ")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -114,7 +115,7 @@ def _lines(text: str) -> list[str]:
     """Lines; what a kernel wrote over several lines, such as its notes for a profiler, is one."""
     joined: list[str] = []
     for line in text.splitlines():
-        if line[:1] in ('"', "}") and line != "}":
+        if line[:1] in ('"', "}") and not _END.fullmatch(line):
             joined[-1] += line
         else:
             joined.append(line)

@@ -95,6 +95,13 @@ def test_a_kernels_notes_over_several_lines_end_nothing():
     assert program.executions == hlo.parse(TEXT).executions
 
 
+def test_a_computation_ends_where_it_names_its_thread():
+    """As those that run on a SparseCore do."""
+    ended = "ROOT %lt = pred[]{:T(512)} compare(%i.1, %bound), direction=LT\n}"
+    program = hlo.parse(TEXT.replace(ended, ended + ', execution_thread="sparsecore"'))
+    assert program == hlo.parse(TEXT)
+
+
 def test_collectives_with_their_bytes():
     rows = collectives.totals(collectives.read(hlo.parse(TEXT), V5P))
     found = {row["kind"]: row for row in rows}

@@ -62,6 +62,15 @@ def flags(config: str | os.PathLike, seed: int, **switches) -> list[str]:
     return [f"--config={config}:{text}", f"--config.seed={seed}"]
 
 
+def over_seeds(rows: Sequence[Mapping], seeds: int) -> dict[str, dict]:
+    """Every row with every seed, by the name of its folder; all rows of a seed before the next."""
+    return {
+        "-".join([*map(str, row.values()), f"seed{seed}"]): {**row, "seed": seed}
+        for seed in range(seeds)
+        for row in rows
+    }
+
+
 def finished(
     cells: Mapping[str, Mapping],
     training: Callable[..., Sequence[str]],

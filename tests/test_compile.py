@@ -236,7 +236,9 @@ def test_targets_are_listed():
 
 def needs(module: str):
     missing = not topologies._is_installed(module)
-    return pytest.mark.skipif(missing, reason=f"the compiler wheel {module} is not installed")
+    return pytest.mark.skipif(
+        missing, reason=f"the compiler wheel {module} is not installed (extra aot)"
+    )
 
 
 def compiled_report(*arguments):

@@ -8,9 +8,7 @@ import numpy as np
 from effarch import experiment_runs
 from effarch.training import run_folder, writers
 
-CELLS = {
-    f"{kind}-seed{seed}": {"kind": kind, "seed": seed} for kind in ("a", "b") for seed in (0, 1, 2)
-}
+CELLS = experiment_runs.over_seeds([{"kind": "a"}, {"kind": "b"}], 3)
 
 
 def training(kind: str, seed: int) -> list[str]:
@@ -35,7 +33,8 @@ def test_missing_cells_are_trained_and_finished_ones_become_rows(tmp_path, monke
     monkeypatch.setattr(experiment_runs, "train", train)
     flags = experiment_runs.parser("text", runs=str(tmp_path), seeds=3)
     found = experiment_runs.finished(CELLS, training, flags.parse_args(["--steps=7"]))
-    assert asked.keys() == CELLS.keys()
+    names = ["a-seed0", "b-seed0", "a-seed1", "b-seed1", "a-seed2", "b-seed2"]
+    assert list(asked) == names
     assert asked["b-seed1"] == [
         "--config=configs/x.py:kind=b,size=2",
         "--config.seed=1",
@@ -44,8 +43,8 @@ def test_missing_cells_are_trained_and_finished_ones_become_rows(tmp_path, monke
     rows = [cell | summary for cell, folder, summary in found if folder.parent == tmp_path]
     assert rows == [
         {"kind": "a", "seed": 1, "loss": 2.0, "seconds": 90.0},
-        {"kind": "a", "seed": 2, "loss": 3.0, "seconds": 90.0},
         {"kind": "b", "seed": 1, "loss": 5.0, "seconds": 90.0},
+        {"kind": "a", "seed": 2, "loss": 3.0, "seconds": 90.0},
     ]
     asked.clear()
     again = experiment_runs.finished(CELLS, training, flags.parse_args(["--write_only"]))

@@ -23,11 +23,7 @@ EXPECTED = (("none", "mxfp8"), ("mxfp8", "nvfp4"), ("quartet", "mxfp4"), ("nvfp4
 
 def main() -> None:
     options = experiment_runs.parser(__doc__, runs="runs/fp4_training", seeds=3).parse_args()
-    cells = {
-        f"{recipe}-seed{seed}": {"recipe": recipe, "seed": seed}
-        for seed in range(options.seeds)
-        for recipe in grid.RECIPES
-    }
+    cells = experiment_runs.over_seeds([{"recipe": x} for x in grid.RECIPES], options.seeds)
     training = functools.partial(experiment_runs.flags, HERE / "grid.py")
     found = [
         cell | _figures(folder, summary)

@@ -28,11 +28,8 @@ FORMS = (
 
 def main() -> None:
     options = experiment_runs.parser(__doc__, runs="runs/kernel_backends", seeds=2).parse_args()
-    cells = {
-        f"{backend}-{dtype}-seed{seed}": {"backend": backend, "dtype": dtype, "seed": seed}
-        for seed in range(options.seeds)
-        for backend, dtype in FORMS
-    }
+    rows = [{"backend": backend, "dtype": dtype} for backend, dtype in FORMS]
+    cells = experiment_runs.over_seeds(rows, options.seeds)
     training = functools.partial(experiment_runs.flags, HERE / "grid.py")
     program = [str(HERE / "interpreted.py")]
     runs = experiment_runs.finished(cells, training, options, program)

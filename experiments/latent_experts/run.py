@@ -24,13 +24,13 @@ FIGURES = ("val/loss", "params_non_embedding", "flops_active_no_head", "tokens",
 
 def main() -> None:
     options = experiment_runs.parser(__doc__, runs="runs/latent_experts", seeds=2).parse_args()
-    cells = {
-        f"{kind}-{equal}-seed{seed}": {"kind": kind, "equal": equal, "seed": seed}
-        for seed in range(options.seeds)
+    rows = [
+        {"kind": kind, "equal": equal}
         for equal in grid.EQUAL
         for kind in grid.KINDS
         if (kind, equal) != (BASE, "params")  # the plain layer is the measure of both
-    }
+    ]
+    cells = experiment_runs.over_seeds(rows, options.seeds)
     training = functools.partial(experiment_runs.flags, HERE / "grid.py")
     found = [
         cell | _figures(folder, summary)

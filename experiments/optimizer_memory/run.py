@@ -21,11 +21,7 @@ BASE = "adamw"
 
 def main() -> None:
     options = experiment_runs.parser(__doc__, runs="runs/optimizer_memory", seeds=3).parse_args()
-    cells = {
-        f"{kind}-seed{seed}": {"optimizer": kind, "seed": seed}
-        for seed in range(options.seeds)
-        for kind in grid.OPTIMIZERS
-    }
+    cells = experiment_runs.over_seeds([{"optimizer": x} for x in grid.OPTIMIZERS], options.seeds)
     training = functools.partial(experiment_runs.flags, HERE / "grid.py")
     found = [
         cell | _figures(summary)

@@ -25,11 +25,8 @@ EVEN = 0.5
 
 def main() -> None:
     options = experiment_runs.parser(__doc__, runs="runs/router_balance", seeds=3).parse_args()
-    cells = {
-        f"k{top_k}-{balance}-seed{seed}": {"top_k": top_k, "balance": balance, "seed": seed}
-        for seed in range(options.seeds)
-        for top_k, balance in CELLS
-    }
+    rows = [{"top_k": top_k, "balance": balance} for top_k, balance in CELLS]
+    cells = experiment_runs.over_seeds(rows, options.seeds)
     switches = {"steps": options.steps} if options.steps else {}
     options.steps = 0  # a schedule's steps are those of the run
     training = functools.partial(experiment_runs.flags, HERE / "grid.py", **switches)

@@ -163,7 +163,7 @@ def test_the_committed_table_is_that_of_the_figures():
 @pytest.mark.slow
 def test_the_command_without_the_compiler_says_what_to_install():
     if compiling_wheel_is_here("libtpu"):
-        pytest.skip("libtpu is installed")
+        pytest.skip("about machines without libtpu, and it is installed")
     done = run("--op=delta_rule", "--target=v6e")
     assert done.returncode == 2
     assert "pip install 'effarch[aot]'" in done.stderr and "Traceback" not in done.stderr
@@ -179,7 +179,7 @@ def _name(row):
 def test_no_kernel_needs_more_bundles_than_committed(row):
     """The figures belong to one version of the compiler."""
     if not compiling_wheel_is_here("libtpu"):
-        pytest.skip("the compiler wheel libtpu is not installed")
+        pytest.skip("the compiler wheel libtpu is not installed (extra aot)")
     measured_with, here = row["versions"]["libtpu"], importlib.metadata.version("libtpu")
     if measured_with != here:
         pytest.skip(f"the figures are those of libtpu {measured_with}, and this is {here}")
@@ -200,7 +200,7 @@ def test_no_kernel_needs_more_bundles_than_committed(row):
 def test_the_gpu_forward_takes_the_matrix_unit_without_spills(target, unit, most, shared):
     """340 is the goal on H100; the others guard what was measured, 420 and 412 (goals: 500 and 380)."""
     if not compiling_wheel_is_here("jax-cuda13-pjrt"):
-        pytest.skip("the compiler wheel jax-cuda13-pjrt is not installed")
+        pytest.skip("the compiler wheel jax-cuda13-pjrt is not installed (extra aot)")
     found = compiling.measure(cases.Case("gated_delta_rule", target, "pallas_gpu"))
     ours = [kernel for kernel in found["kernels"] if kernel["is_pallas"]]
     assert len(ours) == 3 and all(kernel["matrix"].get(unit) for kernel in ours)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from effarch.quantization import matmul, recipes
 
-qwix = pytest.importorskip("qwix")
+qwix = pytest.importorskip("qwix", reason="qwix is not installed (extra test)")
 
 pytestmark = [pytest.mark.slow, pytest.mark.ci]  # importing and tracing Qwix takes seconds
 

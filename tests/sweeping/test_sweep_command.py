@@ -116,9 +116,9 @@ def test_twelve_runs_killed_half_way_finish_without_repeating_any(config_file, t
 def test_the_same_on_a_cluster(config_file, tmp_path, cluster):
     """Jobs outlive the sweep: the next one takes them over."""
     if cluster == "slurm" and not (shutil.which("sbatch") and importlib.util.find_spec("submitit")):
-        pytest.skip("needs a Slurm cluster and submitit")
+        pytest.skip("no Slurm cluster here, or no submitit (extra clusters)")
     if cluster == "ray" and "RAY_ADDRESS" not in os.environ:
-        pytest.skip("needs RAY_ADDRESS, a Ray cluster's dashboard")
+        pytest.skip("RAY_ADDRESS names no Ray cluster's dashboard here (extra clusters)")
     check_killed_half_way(config_file, tmp_path / "sweep", CLUSTERS[cluster], local=False)
 
 

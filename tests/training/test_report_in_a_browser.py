@@ -28,7 +28,9 @@ def shown(page, profile) -> tuple[str, list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+@pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium is installed here; it is no part of a Python environment"
+)
 def test_two_runs_on_a_phone(tmp_path):
     folders = [tmp_path / name for name in ("first", "a_second_run_with_a_name_that_is_long_" * 3)]
     for folder in folders:

@@ -114,7 +114,7 @@ MISTAKES = {
     "unknown flag": ([FAST, "--wrkdir=x"], ["wrkdir", "workdir"]),
     "a word that is no flag": ([FAST, "resume"], ["'resume' is not a flag"]),
 }
-PLAIN = ("unknown field", "bad layer text", "missing data")
+PLAIN = ("unknown field", "missing data")
 
 
 def check(name, tmp_path):

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effarch.kernels.hadamard import api as hadamard
 from effarch.kernels.quantize import api as quantize
 from effarch.kernels.quantize import rounding, scales
 from effarch.quantization import estimators, products
@@ -34,6 +33,7 @@ def forward(
     *,
     amax: Float[Array, "3"] | None = None,
     steps: Float[Array, "2"] | None = None,
+    seed: Array | None = None,
 ) -> Float[Array, "4"]:
     """The first four of NAMES; the arguments are those of `matmul.quantized_matmul`."""
     x_TI = x.reshape(-1, x.shape[-1])
@@ -41,12 +41,14 @@ def forward(
         (x_TI, 1, recipe.x, recipe.step_bits[0], recipe.products.y_x),
         (w, 0, recipe.w, recipe.step_bits[1], recipe.products.y_w),
     )
-    found = []
+    found, seeds = [], recipe.forward_words(seed)
     for index, (array, axis, rule, bits, operand) in enumerate(sides):
         array = jax.lax.stop_gradient(array).astype(jnp.float32)
         if rule is not None:
-            array = _rotated(array, rule.rotate, axis)
-            values, mask = rule(array, axis)
+            turned = quantize.Rotation(axis, rule.rotate) if rule.rotate else None
+            array = products.rotated(array, turned)
+            drawn = () if seeds[index] is None else (seeds[index],)
+            values, mask = rule(array, axis, *drawn)
             clipped = jnp.zeros(()) if mask is None else 1 - jnp.mean(mask)
         elif bits:
             step = jax.lax.stop_gradient(steps[index])
@@ -98,7 +100,10 @@ def _rounded(operand, x, axis, amax, seed=None, signs=None):
     if operand is None:
         return x, x, jnp.zeros(())
     fmt = operand.format
-    x = _rotated(x, operand.rotate, axis, signs)
+    x = products.rotated(x, operand.rotation(axis, signs))
+    if operand.rule is not None:
+        values, mask = operand.rule(x, axis)
+        return x, values, 1 - jnp.mean(mask)
     if amax is not None:
         scale, _ = scales.of_blocks(amax, fmt, 1.0)
         values, limit = rounding.nearest(x / scale, fmt.element) * scale, fmt.element.max * scale
@@ -111,12 +116,7 @@ def _rounded(operand, x, axis, amax, seed=None, signs=None):
     largest = quantize.rescale(jnp.full_like(x, fmt.element.max), block, axes) * tensor
     # A block's own largest value may exceed its scale times `max` by a rounding of float32.
     clipped = jnp.mean(jnp.abs(x) > largest * (1 + 1e-6))
-    return x, quantize.rescale(values, block, axes) * tensor, clipped
-
-
-def _rotated(x, size, axis, signs=None):
-    signs = None if signs is None or not size else signs[size]
-    return hadamard.hadamard(x, block_size=size, axis=axis, signs=signs) if size else x
+    return x, quantize.rescale(values, block, axes) * (tensor * operand.gain), clipped
 
 
 def _error(values: Array, exact: Array) -> Array:

@@ -38,10 +38,11 @@ def quantized_grouped_matmul(
             "another recipe for them, such as fp8_current or mxfp8."
         )
     dtype = x.dtype
+    seed_x, seed_w = recipe.forward_words(seed)
     if recipe.x is not None:
-        x = estimators.estimate(x, recipe.x, 1)
+        x = estimators.estimate(x, recipe.x, 1, seed=seed_x)
     if recipe.w is not None:
-        w = estimators.estimate(w, recipe.w, 1)
+        w = estimators.estimate(w, recipe.w, 1, seed=seed_w)
     static = (recipe.products, dtype, tuple(sorted(options.items())))
     return _multiply(static, x, w, group_sizes, seed)
 
@@ -85,9 +86,9 @@ def _rounded(operand, x, axis, dtype, seed=None, signs=None):
     """Rounded values with their scales, in `dtype`."""
     if operand is None:
         return x.astype(dtype)
-    rotation = (
-        quantize.Rotation(axis, operand.rotate, signs[operand.rotate]) if operand.rotate else None
-    )
+    rotation = operand.rotation(axis, signs)
+    if operand.rule is not None:
+        return operand.rule(products.rotated(x, rotation), axis)[0].astype(dtype)
     # Dimensions of a row [D] or of a matrix [D, F]; the first, rows or experts, is never shared.
     within = tuple(range(1, x.ndim))
     dims = {"block": axis, "tile": within, "tensor": within}[operand.spread]
@@ -101,4 +102,4 @@ def _rounded(operand, x, axis, dtype, seed=None, signs=None):
         headroom=operand.headroom,
         rotation=rotation,
     )
-    return (quantize.rescale(values, block, axes) * tensor).astype(dtype)
+    return (quantize.rescale(values, block, axes) * tensor * operand.gain).astype(dtype)

@@ -77,19 +77,21 @@ def quantized_matmul(
 ) -> Float[Array, "... O"]:
     """y = x w by a recipe: its estimators on x and w, then its three products.
 
-    seed, amax, probe and cuts are those of `products.multiply`; `steps` are the learned step sizes of
-    x and w. Blocks along the tokens run over the batch as one list: when the gradient is taken, their
-    number must be a multiple of the recipe's block.
+    seed, amax, probe and cuts are those of `products.multiply`; the seed serves stochastic rules of
+    the forward pass as well. `steps` are the learned step sizes of x and w. Blocks along the tokens run
+    over the batch as one list: when the gradient is taken, their number must be a multiple of the
+    recipe's block.
     """
     x_TI = x.reshape(-1, x.shape[-1])
-    x_TI = _estimated(x_TI, recipe.x, 1, recipe.step_bits[0], steps, 0, cuts.x)
-    w = _estimated(w, recipe.w, 0, recipe.step_bits[1], steps, 1, cuts.w)
+    seed_x, seed_w = recipe.forward_words(seed)
+    x_TI = _estimated(x_TI, recipe.x, 1, recipe.step_bits[0], steps, 0, cuts.x, seed_x)
+    w = _estimated(w, recipe.w, 0, recipe.step_bits[1], steps, 1, cuts.w, seed_w)
     given = dict(dtype=dtype, seed=seed, amax=amax, probe=probe, cuts=cuts)
     y = products.multiply(recipe.products, x_TI, w, **given)
     return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
-def _estimated(array, rule, axis, bits, steps, index, cut):
+def _estimated(array, rule, axis, bits, steps, index, cut, seed):
     if rule is not None:
-        array = estimators.estimate(array, rule, axis, cut)
+        array = estimators.estimate(array, rule, axis, cut, seed)
     return estimators.learned_step(array, steps[index], bits) if bits else array

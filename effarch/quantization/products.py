@@ -11,6 +11,7 @@ below 2^24); blocks with their scales where hardware does (see `native`).
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -39,7 +40,13 @@ class Operand:
     headroom: bool | None = None
     """See `kernels.quantize`."""
     rotate: int = 0
-    """Block of a randomized Hadamard transform along the contraction; both operands have the same."""
+    """Block of a Hadamard transform along the contraction; both operands have the same."""
+    signs: bool = True
+    """Whether random signs come before that transform."""
+    gain: float = 1.0
+    """What the rounded values are multiplied by."""
+    rule: Callable | None = None
+    """A rule of `estimators` that rounds, with scales of its own and its mask ignored."""
 
     @property
     def scale_waits(self) -> bool:
@@ -49,7 +56,7 @@ class Operand:
 
     @property
     def is_random(self) -> bool:
-        return self.rounding == "stochastic" or self.rotate > 0
+        return self.rounding == "stochastic" or (self.rotate > 0 and self.signs)
 
     @property
     def in_blocks(self) -> bool:
@@ -62,6 +69,12 @@ class Operand:
             return 1, 1
         block = self.format.block_size or 1
         return max(block, self.rotate), block if self.spread == "tile" else 1
+
+    def rotation(self, axis: int, signs: dict | None) -> quantize.Rotation | None:
+        """That of an array contracted along `axis`; `signs` are `draws`'s."""
+        if not self.rotate:
+            return None
+        return quantize.Rotation(axis, self.rotate, signs[self.rotate] if self.signs else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +112,8 @@ class Products:
 
 PAIRS = (("y_x", "y_w"), ("dx_e", "dx_w"), ("dw_x", "dw_e"))
 """The operands of each product."""
+FORWARD_WORDS = 7
+"""Where the words of forward rules start: `draws` takes at most one pair an operand and one more."""
 PLAIN = Products()
 """No rounding."""
 
@@ -192,14 +207,11 @@ def _rounded(products, name, x, axis, dtype, cuts, seed=None, signs=None, amax=N
     operand = getattr(products, name)
     if operand is None:
         return _Rounded(x.astype(dtype), None)
-    fmt = operand.format
-    rotation = (
-        quantize.Rotation(axis, operand.rotate, signs[operand.rotate]) if operand.rotate else None
-    )
+    fmt, rotation, cut = operand.format, operand.rotation(axis, signs), getattr(cuts, name[-1])
+    if operand.rule is not None:
+        return _Rounded(operand.rule(rotated(x, rotation, cut), axis)[0].astype(dtype), None)
     if amax is not None:
-        x = x.astype(jnp.float32)
-        if rotation is not None:
-            x = hadamard.hadamard(x, block_size=operand.rotate, axis=axis, signs=rotation.signs)
+        x = rotated(x, rotation, cut)
         scale, _ = scales.of_blocks(amax, fmt, 1.0)
         return _Rounded(
             rounding_lib.nearest(x / scale, fmt.element).astype(dtype), scale.reshape(1)
@@ -214,13 +226,20 @@ def _rounded(products, name, x, axis, dtype, cuts, seed=None, signs=None, amax=N
         seed=seed,
         headroom=operand.headroom,
         rotation=rotation,
-        cut=getattr(cuts, name[-1]),
+        cut=cut,
     )
+    tensor = tensor * operand.gain
     if operand.scale_waits:
         return _Rounded(values.astype(dtype), (block * tensor).reshape(-1))
     if products.native and products.is_in_blocks(name):
         return _Rounded(values.astype(dtype), tensor.reshape(1), block)
     return _Rounded(quantize.rescale(values, block, axes).astype(dtype), tensor.reshape(1))
+
+
+def rotated(x: Array, rotation: quantize.Rotation | None, cut: NamedSharding | None = None):
+    """x in float32, transformed; `cut` as in `kernels.hadamard`."""
+    x = x.astype(jnp.float32)
+    return x if rotation is None else hadamard.hadamard(x, **rotation._asdict(), cut=cut)
 
 
 def _product(products, name, a, axis_a, b, axis_b):
@@ -263,8 +282,14 @@ def _kept(rounded: _Rounded, operand: Operand) -> _Rounded:
     return rounded._replace(values=rounded.values.astype(operand.format.element.dtype))
 
 
+def words(seed: Array, number: int, start: int = 0) -> Array:
+    """[number, 2] random words from a layer's two; those from another `start` are others."""
+    index = jnp.arange(2 * start, 2 * (start + number), dtype=jnp.uint32)
+    return rounding_lib.mix(rounding_lib.mix(index + seed[0]) ^ seed[1]).reshape(-1, 2)
+
+
 def draws(products: Products, seed) -> tuple[dict, dict]:
-    """Two words for each random operand, and the signs of each rotation, shared by all operands."""
+    """Two words for each operand, and the signs of each rotation, shared by all operands."""
     if not products.is_random:
         return {}, {}
     if seed is None:
@@ -273,13 +298,12 @@ def draws(products: Products, seed) -> tuple[dict, dict]:
             "and needs random numbers; give the layer's Context a key."
         )
     operands = products.operands()
-    number = jnp.arange(2 * len(operands) + 2, dtype=jnp.uint32)
-    words = rounding_lib.mix(rounding_lib.mix(number + seed[0]) ^ seed[1]).reshape(-1, 2)
+    *own, last = words(seed, len(operands) + 1)
     sizes = {operand.rotate for operand in operands.values() if operand.rotate}
     signs = {
-        size: jnp.where(rounding_lib.uniform(words[-1], (size,)) < 0.5, -1.0, 1.0) for size in sizes
+        size: jnp.where(rounding_lib.uniform(last, (size,)) < 0.5, -1.0, 1.0) for size in sizes
     }
-    return dict(zip(operands, words)), signs
+    return dict(zip(operands, own)), signs
 
 
 def _check_tokens(products, tokens):

@@ -9,10 +9,13 @@ import inspect
 import math
 from collections.abc import Callable
 
+import jax.numpy as jnp
+from jaxtyping import Array
+
 from effarch import names
 from effarch.kernels.quantize import formats
 from effarch.quantization import estimators
-from effarch.quantization.products import PLAIN, Operand, Products
+from effarch.quantization.products import FORWARD_WORDS, PLAIN, Operand, Products, words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,25 @@ class Recipe:
     """Steps whose largest magnitudes set the scales (delayed scaling); 0: the array's own."""
     step_bits: tuple[int, int] = (0, 0)
     """Bits of the learned step sizes of x and w (LSQ); 0: none."""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a training step needs random numbers."""
+        return self._draws_forward or self.products.is_random
+
+    @property
+    def _draws_forward(self) -> bool:
+        return any(getattr(rule, "rounding", None) == "stochastic" for rule in (self.x, self.w))
+
+    def forward_words(self, seed: Array | None) -> tuple[Array | None, Array | None]:
+        """Two random words for the rule of x and two for that of w, if they draw.
+
+        Without a seed, as in evaluation, they are always the same.
+        """
+        if not self._draws_forward:
+            return None, None
+        seed = jnp.zeros(2, jnp.uint32) if seed is None else seed
+        return tuple(words(seed, 2, start=FORWARD_WORDS))
 
     @property
     def has_state(self) -> bool:
@@ -117,29 +139,46 @@ def nvfp4(*, stochastic: bool = True, rotate: int = 16) -> Recipe:
     )
 
 
+_PMA_GAIN = 1.009276
+"""1 / the mean share of a Gaussian that nearest MXFP4 with 3/4 of headroom keeps."""
+
+
 def quartet(
     *,
+    forward: str = "quest",
     scale_rounding: str = "nearest",
     gradient: str = "stochastic",
     backward: str = "full",
     rotate: bool = True,
+    signs: bool = True,
 ) -> Recipe:
-    """Quartet, arXiv 2505.14669: MXFP4 in all three products.
+    """Quartet, arXiv 2505.14669: MXFP4 in all three products, and the variants that it compares.
 
-    scale_rounding: of the forward scales; "floor" is the published code's, "nearest" errs less.
-    gradient: "stochastic" or "nearest" rounding of the backward operands, both with 3/4 of headroom.
+    forward: "quest", scales from deviations; or "stochastic" or "nearest", scales from largest values.
+    scale_rounding: of QuEST's scales; "floor" is the published code's, "nearest" errs less.
+    gradient: "stochastic" or "nearest" rounding of the backward operands, both with 3/4 of headroom;
+      "pma": nearest times 1.009276, unbiased for Gaussians; "quest": as forward, biased.
     backward: "full", "gradient" (the activations' and weights' copies stay exact) or "none".
-    rotate: randomized Hadamard transforms of the backward operands.
+    rotate: Hadamard transforms of the backward operands. signs: random signs before them; without, they
+      are always the same, as they are in effect in the published code.
     """
-    choices = {"gradient": ("stochastic", "nearest"), "backward": ("full", "gradient", "none")}
-    choices["scale_rounding"] = (*formats.SCALE_ROUNDINGS, "none")
-    for field, value in dict(
-        gradient=gradient, backward=backward, scale_rounding=scale_rounding
-    ).items():
-        names.lookup(dict.fromkeys(choices[field]), value, f"quantization.quartet.{field}")
-    rule = estimators.Quartet(scale_rounding=scale_rounding)
+    for field, value, known in (
+        ("forward", forward, ("quest", "stochastic", "nearest")),
+        ("scale_rounding", scale_rounding, (*formats.SCALE_ROUNDINGS, "none")),
+        ("gradient", gradient, ("stochastic", "nearest", "pma", "quest")),
+        ("backward", backward, ("full", "gradient", "none")),
+    ):
+        names.lookup(dict.fromkeys(known), value, f"quantization.quartet.{field}")
+    fitted = estimators.Quartet(scale_rounding=scale_rounding)
+    rule = fitted if forward == "quest" else estimators.Largest(forward)
     operand = Operand(
-        formats.find("mxfp4"), rounding=gradient, headroom=True, rotate=32 if rotate else 0
+        formats.find("mxfp4"),
+        rounding="stochastic" if gradient == "stochastic" else "nearest",
+        headroom=True,
+        rotate=32 if rotate else 0,
+        signs=signs,
+        gain=_PMA_GAIN if gradient == "pma" else 1.0,
+        rule=fitted if gradient == "quest" else None,
     )
     if backward == "none":
         products = Products()

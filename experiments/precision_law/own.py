@@ -26,7 +26,7 @@ def main() -> None:
             format=name, width=width, steps=steps, seed=seed
         )
         for seed in range(options.seeds)
-        for name in grid.FORMATS
+        for name in ("none", *FORWARD, "quartet")
         for width, steps in _sizes(name)
     }
     found = [

@@ -109,19 +109,23 @@ def test_packed_documents_equal_separate_documents():
     packed["segment_ids"] = np.repeat([1, 2, 3], lengths)[None].astype(np.int32)
     packed["positions"] = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
 
+    def alone(start, stop):
+        """One document from the first token of its row on, the rest empty."""
+        part = {name: np.zeros_like(rows) for name, rows in packed.items()}
+        for name, rows in packed.items():
+            part[name][:, : stop - start] = rows[:, start:stop]
+        part["segment_ids"][:, : stop - start] = 1
+        return part
+
     def loss(params, batch):
         return nnx.merge(graphdef, params).loss(batch, Context())[0]
 
     grad = jax.jit(jax.value_and_grad(loss))
     params = nnx.to_pure_dict(state)
     value, grads = grad(params, packed)
-    total, summed = 0.0, None
-    for start, stop in zip(bounds[:-1], bounds[1:]):
-        part = {name: rows[:, start:stop] for name, rows in packed.items()}
-        part["segment_ids"] = np.ones_like(part["segment_ids"])
-        part_value, part_grads = grad(params, part)
-        total += part_value
-        summed = part_grads if summed is None else jax.tree.map(jnp.add, summed, part_grads)
+    parts = [grad(params, alone(*ends)) for ends in zip(bounds[:-1], bounds[1:])]
+    total = sum(part_value for part_value, _ in parts)
+    summed = jax.tree.map(lambda *leaves: sum(leaves), *(part_grads for _, part_grads in parts))
     np.testing.assert_allclose(value, total, rtol=1e-6)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(summed)):
         assert jnp.sqrt(jnp.mean((got - want) ** 2)) < 1e-4 * jnp.sqrt(jnp.mean(want**2)) + 1e-7

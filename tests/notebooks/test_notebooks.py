@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-import time
+import resource
 
 import nbclient
 import nbformat
@@ -28,14 +28,21 @@ def test_stored_without_outputs(path):
 @pytest.mark.ci
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_in_under_three_minutes(path):
+    """Of processor time, which does not depend on what else the machine does."""
     notebook = nbformat.read(path, as_version=4)
     # As a user has it: the tests' own compiler flags make slow programs, and notebooks train.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    start = time.monotonic()
+    start = _seconds_of_children()
     nbclient.NotebookClient(
-        notebook, timeout=180, resources={"metadata": {"path": str(FOLDER)}}
+        notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}
     ).execute(env=environment)
-    assert time.monotonic() - start < 180
+    assert 1 < _seconds_of_children() - start < 180
+
+
+def _seconds_of_children() -> float:
+    """User and system time of the processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _setup() -> list[str]:

@@ -51,14 +51,15 @@ def check(found: list[dict], gradient: float = 1e-5) -> None:
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.multiprocess
-def test_a_hybrid_on_every_axis():
-    check(compare("hybrid", ALONE))
+def test_a_hybrid_with_weights_heads_or_time_cut():
+    check(compare("hybrid", ("fsdp=8", "tensor=8", "context=8")))
 
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_a_transformer_on_every_axis():
-    check(compare("transformer", ALONE))
+@pytest.mark.parametrize("model", ["transformer", "hybrid"])
+def test_every_axis(model):
+    check(compare(model, ALONE))
 
 
 @pytest.mark.multiprocess

@@ -380,6 +380,7 @@ def test_bad_recipes_are_refused_in_words():
         (lambda: recipes.build("quest", bit=4), "quantization.quest.bit is not an option"),
         (lambda: recipes.quest(bits=9), "quantization.quest.bits=9 must be 1 to 8"),
         (lambda: recipes.quartet(gradient="up"), "quantization.quartet.gradient='up'"),
+        (lambda: recipes.quartet(forward="up"), "quantization.quartet.forward='up'"),
         (lambda: recipes.build("mxfp6", native=True), "the recipe 'mxfp6' has no product"),
         (lambda: run(recipes.nvfp4(), X, W, E), "needs random numbers"),
     ):

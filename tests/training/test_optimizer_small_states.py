@@ -11,7 +11,7 @@ import pytest
 
 from effarch.kernels.coat import groups
 from effarch.models import parameters
-from effarch.training import optimizers
+from effarch.training import checkpoints, optimizers
 from effarch.training.optimizers import adam8bit, state_paths
 
 
@@ -148,6 +148,32 @@ def test_small_states_train_as_float32_ones_do_in_fewer_bytes():
 
 def _bytes(state):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def test_checkpoints_keep_every_bit_of_fp8_moments(tmp_path):
+    """All 256 codes among them: NaN, -0 and subnormal numbers."""
+    tx = optimizers.build("coat", schedule=1e-3, clip_norm=0, infos=infos())
+    random = np.random.default_rng(5)
+    params = nested(
+        {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()}
+    )
+    target = jax.eval_shape(tx.init, params)
+
+    def of_any_bits(leaf):
+        bits = random.bytes(leaf.size * leaf.dtype.itemsize)
+        return jnp.asarray(np.frombuffer(bits, leaf.dtype).reshape(leaf.shape))
+
+    want = jax.tree.map(of_any_bits, target)
+    codes = [x for x in jax.tree.leaves(want) if x.dtype == jnp.float8_e4m3fn]
+    assert len(codes) == 2 * len(SHAPES)
+    assert len(set(np.asarray(codes[0]).tobytes())) == 256
+    with checkpoints.Checkpoints(tmp_path, fingerprint="coat") as store:
+        store.save(1, want, {})
+    _, got, _ = checkpoints.Checkpoints(tmp_path, fingerprint="coat").restore(target)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 def test_stored_moments_lie_where_their_parameter_does():

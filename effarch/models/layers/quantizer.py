@@ -44,7 +44,7 @@ class Quantizer(nnx.Module):
         if self.observed is None:
             return y
         given = self.given(x)
-        seen = diagnostics.forward(self.recipe, x, w, **given)
+        seen = diagnostics.forward(self.recipe, x, w, seed=self.seed, **given)
         probe, amax = self.observed[...], given.get("amax")
         return diagnostics.observe(self.recipe, y, probe, seen, self.seed, amax)
 
@@ -227,7 +227,7 @@ def prepare(block: nnx.Module, ctx: Context) -> None:
     quantizers = [node for _, node in nnx.iter_graph(block) if isinstance(node, Quantizer)]
     for quantizer in quantizers:
         quantizer.is_active, quantizer.layout = ctx.quantized, ctx.layout
-    random = [quantizer for quantizer in quantizers if quantizer.recipe.products.is_random]
+    random = [quantizer for quantizer in quantizers if quantizer.recipe.is_random]
     if ctx.key is not None and ctx.quantized and random:
         key = jax.random.fold_in(ctx.key, _KEY)
         for quantizer, seed in zip(random, jax.random.bits(key, (len(random), 2), jnp.uint32)):

@@ -4,13 +4,19 @@ A backend that cannot run a case raises `Unsupported` while it is traced. Withou
 next one is tried and one log line says why; a named backend never falls back.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import logging
 
 from effarch.kernels import platform
+
+_chosen: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
+    "chosen", default=None
+)
 
 
 class Unsupported(Exception):
@@ -35,12 +41,12 @@ def call(folder: str, op: str, backends: Sequence[str], backend: str | None, *ar
                 f"{op}: backend {backend!r} does not exist; choose one of {', '.join(backends)}."
             )
         try:
-            return _load(folder, op, backend)(*args, **kwargs)
+            return _run(folder, op, backend, args, kwargs)
         except Unsupported as why:
             raise Unsupported(f"{op}: backend {backend!r} cannot run this: {why}.") from why
     for name in preferred(backends):
         try:
-            return _load(folder, op, name)(*args, **kwargs)
+            return _run(folder, op, name, args, kwargs)
         except Unsupported as why:
             _log_once(f"{op}: not {name}: {why}")
     raise AssertionError(f"{op}: the xla backend must support every case")
@@ -58,6 +64,25 @@ def require(kind: str, interpret: bool) -> None:
         raise Unsupported(f"it runs on {kind.upper()}s, and this program is for {where}")
     if not platform.is_one_device():
         raise Unsupported("the program may be split over devices, and a kernel cannot be")
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[dict[str, str]]:
+    """The backend of every operation that is traced inside; several as "pallas_tpu, xla"."""
+    found: dict[str, str] = {}
+    token = _chosen.set(found)
+    try:
+        yield found
+    finally:
+        _chosen.reset(token)
+
+
+def _run(folder: str, op: str, backend: str, args, kwargs):
+    result = _load(folder, op, backend)(*args, **kwargs)
+    if (found := _chosen.get()) is not None:
+        before = found[op].split(", ") if op in found else []
+        found[op] = ", ".join(sorted({*before, backend}))
+    return result
 
 
 def _load(folder: str, op: str, backend: str):

@@ -25,7 +25,9 @@ class Report:
     params: int
     params_active: int
     flops: float
-    """Of a step over all devices, by formula."""
+    """Of a step over all devices, by formula: the model's."""
+    flops_hardware: float
+    """The same with what kernels and `model.remat` compute beside it."""
     memory: memory.Memory
     compile_seconds: float
     collectives: list[dict]
@@ -55,6 +57,11 @@ class Report:
         """Formula FLOPs over what the devices could do in the estimated time."""
         return self.flops / (self.seconds * self.peak_flops) if self.seconds else None
 
+    @property
+    def hfu(self) -> float | None:
+        """The same of what is really computed."""
+        return self.mfu * self.flops_hardware / self.flops if self.seconds else None
+
     def to_dict(self) -> dict:
         """Everything as plain values, for JSON."""
         rest = {"fits": self.memory.fits, "total": self.memory.total}
@@ -62,6 +69,7 @@ class Report:
             "memory": dataclasses.asdict(self.memory) | rest,
             "bound": self.bound,
             "mfu": self.mfu,
+            "hfu": self.hfu,
         }
 
 
@@ -110,6 +118,7 @@ def _report(setup: setup_lib.Setup, target, held, compile_seconds, program) -> R
         params=setup.counts.params_total,
         params_active=setup.counts.params_active,
         flops=flops,
+        flops_hardware=setup.counts.flops_hardware * setup.tokens_per_step,
         memory=held,
         compile_seconds=compile_seconds,
         collectives=collectives.totals(found),
@@ -138,7 +147,11 @@ def rows(report: Report) -> list[tuple[str, str]]:
     lines = [
         ("target", f"{report.target}, mesh {', '.join(axes) or 'of one device'}"),
         ("parameters", f"{count(report.params)}, active {count(report.params_active)}"),
-        ("step", f"{report.tokens:,} tokens, {count(report.flops)} FLOPs by formula"),
+        (
+            "step",
+            f"{report.tokens:,} tokens, {count(report.flops)} FLOPs by formula, "
+            f"{count(report.flops_hardware)} on the hardware",
+        ),
         ("compile time", formatting.duration(report.compile_seconds)),
         (
             "HBM a device",
@@ -167,7 +180,7 @@ def rows(report: Report) -> list[tuple[str, str]]:
             (
                 "estimate",
                 f"{milliseconds(report.seconds)} a step, {count(rate)} tokens/s, "
-                f"MFU {report.mfu:.1%}",
+                f"MFU {report.mfu:.1%}, HFU {report.hfu:.1%}",
             ),
         ]
     return lines

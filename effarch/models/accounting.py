@@ -4,6 +4,7 @@ Conventions: a multiply-add is 2 FLOPs; causal attention counts its causal half;
 the recurrence, whatever kernel runs; the backward pass costs twice the forward pass; recomputation is
 not counted; the input table does no work. What a program computes for inactive neurons and for keys that
 are not attended to is counted, and beside it the count without it: what a sparse program would need.
+What the kernels really compute, twice where they do, is counted apart: `hardware_flops`.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import math
 import jax
 from flax import nnx
 
-from effarch.models import language_model, parameters
+from effarch.models import hardware_flops, language_model, parameters
 from effarch.models import state as state_lib
 
 BACKWARD_FACTOR = 3.0
@@ -36,6 +37,8 @@ class Counts:
     """Of `flops_per_token`, those of the output head."""
     flops_idle: float
     """Of `flops_per_token`, those of inactive neurons and of keys that are not attended to."""
+    flops_hardware: float
+    """What a training step computes for a token, what it does twice included: `hardware_flops`."""
 
     @property
     def flops_forward(self) -> dict[str, float]:
@@ -74,6 +77,7 @@ def count(model: language_model.LanguageModel, seq_len: int) -> Counts:
         * (2.0 * head + sum(flops_by_module(model, seq_len).values())),
         flops_head=BACKWARD_FACTOR * 2.0 * head,
         flops_idle=BACKWARD_FACTOR * sum(flops_by_module(model, seq_len, "idle_flops").values()),
+        flops_hardware=hardware_flops.per_token(model, seq_len, head),
     )
 
 

@@ -1,7 +1,8 @@
 """Coordinate checks: how large what each layer adds is, after a few steps, at several widths.
 
 Under a parametrization that transfers (effarch/scaling/mup.py) the sizes do not depend on the width; in
-the standard one they grow with it (arXiv 2203.03466, figure 5).
+the standard one they grow with it (arXiv 2203.03466, figure 5). Over the depth it is the change of the
+stream in a step that stays as it is, and without factors grows with it (arXiv 2310.02244, 2505.01618).
 """
 
 from collections.abc import Sequence
@@ -25,11 +26,8 @@ def record(
 
     A layer's x is what it adds to the stream, on the batch it is trained on; logits are float32.
     """
-    config = config_check.finish(config, num_devices=jax.device_count())
-    mesh = mesh_lib.make(mesh_lib.resolve(config.mesh, jax.device_count()))
-    plan = setup.on_mesh(config, mesh, vocab_size=vocab_size)
-    batch = plan.feeder(_batch(config.data.batch_size, config.data.seq_len, vocab_size, seed))
-    state, train, measure = plan.init(), plan.train_step(quantized=False), _measure(plan)
+    plan, batch = _prepared(config, vocab_size, seed)
+    state, train, measure = plan.init(), plan.train_step(quantized=False), _measure(plan, sizes)
     key = jax.random.key(seed)
     found = {}
     for step in range(1, max(steps) + 1):
@@ -37,6 +35,20 @@ def record(
         if step in steps:
             now = jax.device_get(measure(state, batch["inputs"]))
             found[step] = {name: float(value) for name, value in now.items()}
+    return found
+
+
+def changes(config, *, steps: int = 4, vocab_size: int = 64, seed: int = 0) -> list[float]:
+    """Mean |change| of the stream after the last layer in each step, on the one batch of `record`."""
+    plan, batch = _prepared(config, vocab_size, seed)
+    state, train, measure = plan.init(), plan.train_step(quantized=False), _measure(plan, stream)
+    key = jax.random.key(seed)
+    found, before_BTD = [], measure(state, batch["inputs"])
+    for _ in range(steps):
+        state, _ = train(state, batch, key)
+        now_BTD = measure(state, batch["inputs"])
+        found.append(float(jnp.mean(jnp.abs(now_BTD - before_BTD))))
+        before_BTD = now_BTD
     return found
 
 
@@ -70,14 +82,29 @@ def sizes(model: language_model.LanguageModel, tokens_BT: jax.Array) -> dict[str
     return found
 
 
-def _measure(plan: setup.Setup):
-    """(state, tokens) -> `sizes`, compiled once."""
+def stream(model: language_model.LanguageModel, tokens_BT: jax.Array) -> jax.Array:
+    """The stream [B,T,D] after the last layer, before the final norm."""
+    model.final_norm, model.logit_scale = None, 1.0
+    return model(tokens_BT, Context(train=False))[0]
+
+
+def _prepared(config, vocab_size: int, seed: int):
+    """The plan of a config and its random batch on the devices."""
+    config = config_check.finish(config, num_devices=jax.device_count())
+    mesh = mesh_lib.make(mesh_lib.resolve(config.mesh, jax.device_count()))
+    plan = setup.on_mesh(config, mesh, vocab_size=vocab_size)
+    rows, length = config.data.batch_size, config.data.seq_len
+    return plan, plan.feeder(_batch(rows, length, vocab_size, seed))
+
+
+def _measure(plan: setup.Setup, function):
+    """(state, tokens) -> `function(model, tokens)`, compiled once."""
     blueprint = plan.plan
     probes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), blueprint.probes)
 
     def measure(state, tokens):
         parts = (state.params, probes, state.model_state)
-        return sizes(nnx.merge(blueprint.graphdef, *parts), tokens)
+        return function(nnx.merge(blueprint.graphdef, *parts), tokens)
 
     return jax.jit(measure)
 

@@ -42,6 +42,7 @@ def write(plan: setup.Setup, folder: pathlib.Path, outcome: loop.Outcome, *, con
         ],
         ("tokens", formatting.count(summary["tokens"])),
         ("model FLOPs", formatting.scientific(summary["flops_model"])),
+        ("hardware FLOPs", formatting.scientific(summary["flops_hw"])),
         ("time", formatting.duration(summary["seconds"])),
         ("updates skipped", summary["skipped_steps"]),
         ("run folder", folder),
@@ -93,6 +94,7 @@ def summarize(plan: setup.Setup, outcome: loop.Outcome) -> dict:
         "params_non_embedding": counts.params_non_embedding,
         "params_active": counts.params_active,
         "flops_model": counts.flops_per_token * tokens,
+        "flops_hw": counts.flops_hardware * tokens,
         "flops_6nd": counts.flops_6n * tokens,
         **counts.flops_forward,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -104,6 +106,7 @@ def summarize(plan: setup.Setup, outcome: loop.Outcome) -> dict:
         **_yardsticks(plan),
         **{f"val/{name}": value for name, value in outcome.final.items()},
         **{name.removeprefix("time/"): value for name, value in outcome.rates.items()},
+        **{f"{report_runs.BACKEND}{op}": name for op, name in sorted(outcome.backends.items())},
     }
 
 

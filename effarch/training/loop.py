@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from effarch.data import batches, prefetch
+from effarch.kernels import dispatch
 from effarch.models import accounting
 from effarch.parallel import multihost, partitioner
 from effarch.training import evaluation, progress, run_folder, setup, watchdog, writers
@@ -41,6 +42,8 @@ class Outcome:
     resumes: int
     compile_seconds: float
     rates: dict[str, float]
+    backends: dict[str, str]
+    """What the kernels' operations ran on in the last step; empty if nothing was compiled."""
 
 
 class Loop:
@@ -70,6 +73,7 @@ class Loop:
         self._bad_steps: list[int] = []
         self._compiled = {}
         """Step functions by whether the step is quantized."""
+        self._backends: dict[str, str] = {}
 
     def run(self) -> Outcome:
         """Trains to `train.num_steps`, or until told to stop by SIGTERM or SIGINT."""
@@ -94,6 +98,8 @@ class Loop:
                     start_step=start,
                     tokens_per_step=self.plan.tokens_per_step,
                     flops_per_step=self.plan.counts.flops_per_token * self.plan.tokens_per_step,
+                    hardware_flops_per_step=self.plan.counts.flops_hardware
+                    * self.plan.tokens_per_step,
                     peak_flops=peak and peak * jax.device_count(),
                     console=self.console,
                 ) as shown,
@@ -119,6 +125,7 @@ class Loop:
                     resumes=self._resumes,
                     compile_seconds=shown.seconds.get(progress.COMPILE, 0.0),
                     rates=shown.rates(),
+                    backends=self._backends,
                 )
 
     def _steps(self, state: TrainState, start: int, total: int) -> TrainState:
@@ -182,9 +189,10 @@ class Loop:
         return state
 
     def _compile(self, batch: dict, quantized: bool):
-        lowered = self.plan.train_step(quantized=quantized).lower(
-            self.plan.target(), batch, self.key
-        )
+        with dispatch.noted() as self._backends:
+            lowered = self.plan.train_step(quantized=quantized).lower(
+                self.plan.target(), batch, self.key
+            )
         if self.plan.layout.mesh.size == 1:
             return lowered.compile()
         with partitioner.heard() as complaints:

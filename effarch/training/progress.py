@@ -32,9 +32,10 @@ class Progress:
     """Shows steps, loss, speed and the time that is left, and computes the rates for the metrics.
 
     tokens_per_step and flops_per_step are of the whole run, flops_per_step is the model's, forward
-    and backward, and peak_flops (per second) is the sum over all devices; without either of the
-    last two there is no MFU. `log_every` is in seconds and counts outside terminals only. The first
-    interval holds warm-up and, if the loop does not compile apart, compilation: no rate has it in.
+    and backward, hardware_flops_per_step what is really computed, and peak_flops (per second) is the
+    sum over all devices; without one of the last three there is no MFU or no HFU. `log_every` is in
+    seconds and counts outside terminals only. The first interval holds warm-up and, if the loop does
+    not compile apart, compilation: no rate has it in.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Progress:
         start_step: int = 0,
         tokens_per_step: float,
         flops_per_step: float | None = None,
+        hardware_flops_per_step: float | None = None,
         peak_flops: float | None = None,
         console: rich.console.Console | None = None,
         log_every: float = 15.0,
@@ -54,7 +56,7 @@ class Progress:
         self.seconds: dict[str, float] = {}
         """Wall-clock seconds by the name given to `pause`."""
         self._tokens_per_step = tokens_per_step
-        self._flops_per_step = flops_per_step
+        self._flops_per_step = {"mfu": flops_per_step, "hfu": hardware_flops_per_step}
         self._peak_flops = peak_flops
         self._console = console or stderr_console()
         self._log_every = log_every
@@ -87,7 +89,7 @@ class Progress:
             self._print_line()
 
     def rates(self) -> dict[str, float]:
-        """time/step_seconds, time/tokens_per_second, time/mfu; {} before the second update."""
+        """time/step_seconds, time/tokens_per_second, time/mfu, time/hfu; {} before the second update."""
         if not (self._window_steps and self._window_seconds > 0):
             return {}
         step_seconds = self._window_seconds / self._window_steps
@@ -95,8 +97,9 @@ class Progress:
             "time/step_seconds": step_seconds,
             "time/tokens_per_second": self._tokens_per_step / step_seconds,
         }
-        if self._flops_per_step and self._peak_flops:
-            rates["time/mfu"] = self._flops_per_step / step_seconds / self._peak_flops
+        for name, flops in self._flops_per_step.items():
+            if flops and self._peak_flops:
+                rates[f"time/{name}"] = flops / step_seconds / self._peak_flops
         return rates
 
     def eta(self) -> float | None:

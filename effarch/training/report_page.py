@@ -41,6 +41,7 @@ _KNOWN = {
     *_FORWARD,
     *(
         "flops_model",
+        "flops_hw",
         "flops_6nd",
         "steps",
         "step_seconds",
@@ -51,7 +52,7 @@ _KNOWN = {
         "resumes",
         "status",
     ),
-    *("gzip_bits_per_byte", "xz_bits_per_byte", "tokens_per_second", "mfu"),
+    *("gzip_bits_per_byte", "xz_bits_per_byte", "tokens_per_second", "mfu", "hfu"),
 }
 
 
@@ -65,6 +66,7 @@ def write_report(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -
         (
             _head(runs),
             _section("Result", _verdict(runs)),
+            _section("Kernels", _kernels(runs)),
             _section("Curves", _curves(runs)),
             _section("Experts", _experts(runs)),
             _section("Inside the model", _inside(runs)),
@@ -217,6 +219,7 @@ def _cost_rows(runs: Sequence[Run]) -> list[Row]:
 
     return [
         row("Model FLOPs", lambda run: run.figure("flops_model"), formatting.scientific),
+        row("Hardware FLOPs", lambda run: run.figure("flops_hw"), formatting.scientific),
         row("FLOPs by 6ND", lambda run: run.figure("flops_6nd"), formatting.scientific),
         *[
             row(label, lambda run, name=name: run.figure(name), formatting.count)
@@ -225,6 +228,7 @@ def _cost_rows(runs: Sequence[Run]) -> list[Row]:
         row("Time for a step", lambda run: run.typical("step_seconds"), "{:.4g} s".format),
         row("Tokens per second", lambda run: run.typical("tokens_per_second"), formatting.count),
         row("Model FLOP utilization", lambda run: run.typical("mfu"), "{:.1%}".format),
+        row("Hardware FLOP utilization", lambda run: run.typical("hfu"), "{:.1%}".format),
         row("Wall-clock", lambda run: run.figure("seconds"), formatting.duration),
         row("Compilation", lambda run: run.figure("compile_seconds"), formatting.duration),
         ("Device", [_text(run.summary.get("device") or "") for run in runs]),
@@ -241,10 +245,22 @@ def _other_rows(runs: Sequence[Run]) -> list[Row]:
     ]
     names = dict.fromkeys(name for run in runs for name in run.summary)
     for name in names:
-        if name not in _KNOWN and not name.startswith("val/"):
+        if name not in _KNOWN and not name.startswith(("val/", report_runs.BACKEND)):
             cells = [_text(formatting.value(run.summary.get(name))) for run in runs]
             rows.append((name, cells))
     return rows
+
+
+def _kernels(runs: Sequence[Run]) -> str:
+    """Which backend each operation of the training step ran on."""
+    keys = dict.fromkeys(
+        k for run in runs for k in run.summary if k.startswith(report_runs.BACKEND)
+    )
+    rows = [
+        (key.removeprefix(report_runs.BACKEND), [_text(run.summary.get(key, "")) for run in runs])
+        for key in keys
+    ]
+    return _table(runs, rows) if rows else ""
 
 
 def _not_finite(run: Run) -> str:

@@ -16,6 +16,8 @@ import numpy as np
 from effarch.training import writers
 
 LOAD = "expert_load.json"
+BACKEND = "backend/"
+"""What the summary calls the backend of an operation begins so."""
 MAX_SAMPLES = 12
 MAX_SAMPLE_CHARACTERS = 6000
 _SHARES = ("accuracy", "exact_match")

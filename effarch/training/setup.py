@@ -70,7 +70,8 @@ class Setup:
             f"{config.model.layers}",
             "parameters": f"{formatting.count(counts.params_total)}, "
             f"{formatting.count(counts.params_active)} of them in matrix products; "
-            f"{formatting.count(counts.flops_per_token)} FLOPs a token",
+            f"{formatting.count(counts.flops_per_token)} FLOPs a token, "
+            f"{formatting.count(counts.flops_hardware)} on the hardware",
             "data": self.dataset.description,
             "batch": self._batch_arithmetic(),
             "length": f"{config.train.num_steps:,} steps = {length} tokens",

@@ -41,7 +41,7 @@ def attention(
     )
     B, T, H, K = q.shape
     G = k.shape[2]
-    opts = masks.Options(causal, window, softcap, scale, _block_size(max(T, k.shape[1])))
+    opts = masks.Options(causal, window, softcap, scale, block_size(max(T, k.shape[1])))
     q_BGRTK = jnp.moveaxis(q.reshape(B, T, G, H // G, K), 1, 3)
     k_BGSK, v_BGSV = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     segments = None
@@ -55,7 +55,7 @@ def attention(
     return jnp.moveaxis(o_BGRTV, 3, 1).reshape(B, T, H, v.shape[-1])
 
 
-def _block_size(longest: int) -> int:
+def block_size(longest: int) -> int:
     """Queries (backward: keys) of a block: the fastest of 64 ... 512 on a CPU at 256 and 1024."""
     return 128 if longest <= 512 else 256 if longest <= 4096 else 512
 

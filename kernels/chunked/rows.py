@@ -51,7 +51,7 @@ def run(
     docs = None if segment_ids is None else documents.document_index(segment_ids)
 
     length = q.shape[1]
-    chunk = _chunk_length(length, chunk_size, g is not None and g.ndim == 4)
+    chunk = chunk_length(length, chunk_size, g is not None and g.ndim == 4)
     step = functools.partial(_stretch, chunked, scale, chunk)
     stretches = -(-length // (chunk * LONGEST_STRETCH))
     tokens = (q, k, v, per_head, g, segment_ids, docs)
@@ -110,7 +110,8 @@ def sum_value_heads(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, [x[:, :, :, head] for head in range(x.shape[3])])
 
 
-def _chunk_length(length: int, chunk_size: int | None, per_channel: bool) -> int:
+def chunk_length(length: int, chunk_size: int | None, per_channel: bool) -> int:
+    """Tokens of a chunk: `chunk_size`, by default what is fast here, or less for short rows."""
     if chunk_size is None:
         chunk_size = 128 if platform.current() == "tpu" else 64
         if per_channel and platform.current() == "cpu":

@@ -128,7 +128,7 @@ def check_case(case, tolerance, dtype=jnp.float32, backend="xla", jit=quick_jit)
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16, so that 37 steps are three of them; returns what picks the form."""
-    monkeypatch.setattr(xla, "_block_size", lambda longest: 16)
+    monkeypatch.setattr(xla, "block_size", lambda longest: 16)
     return lambda form: monkeypatch.setattr(xla, "_UNROLL", 16 if form == "blocks" else 0)
 
 
@@ -174,7 +174,7 @@ def test_bfloat16_runs_and_is_near(form, small_blocks):
 @pytest.mark.parametrize("heads", [pytest.param((4, 4), marks=pytest.mark.slow), (4, 2)])
 def test_bfloat16_products_are_not_widened(heads, monkeypatch):
     """XLA:CPU silently runs a bfloat16 product of unfit layout in float32, many times slower."""
-    monkeypatch.setattr(xla, "_block_size", lambda longest: 64)
+    monkeypatch.setattr(xla, "block_size", lambda longest: 64)
     q, k, v, do = (
         jax.ShapeDtypeStruct((2, 128, h, 64), jnp.bfloat16) for h in (heads[0], *heads[1:] * 2, 4)
     )
@@ -342,7 +342,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from effarch.kernels.attention import xla
 from effarch.kernels.attention.api import attention
 
-xla._block_size = lambda longest: 16
+xla.block_size = lambda longest: 16
 mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 rng = np.random.default_rng(0)
 arrays = [rng.standard_normal((8, 40, h, 16)).astype(np.float32) for h in (4, 2, 2, 4)]

@@ -71,6 +71,8 @@ def test_a_run_learns_and_leaves_what_it_should(whole):
     assert summary["status"] == "finished"
     assert summary["val/loss"] == last["loss"]
     assert summary["flops_model"] == plan.counts.flops_per_token * 12 * 128
+    assert summary["flops_hw"] > summary["flops_model"]
+    assert summary["backend/attention"] == summary["backend/linear_cross_entropy"] == "xla"
     assert {"gzip_bits_per_byte", "xz_bits_per_byte", "seconds", "resumes"} <= set(summary)
     assert (folder / "samples" / "00.txt").read_text().startswith("the ")
     assert "<svg" in (folder / "report.html").read_text()

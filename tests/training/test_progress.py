@@ -43,13 +43,19 @@ def _progress(clock, log, total=100, **options):
 
 
 def test_rates_and_remaining_time_at_a_steady_pace(clock, log):
-    shown = _progress(clock, log, flops_per_step=6e9, peak_flops=1e10)
+    flops = dict(flops_per_step=6e9, hardware_flops_per_step=8e9, peak_flops=1e10)
+    shown = _progress(clock, log, **flops)
     assert shown.rates() == {} and shown.eta() is None
     for step in range(1, 21):
         clock.now += 2.0
         shown.update(step, 1.0)
     assert shown.rates() == pytest.approx(
-        {"time/step_seconds": 2.0, "time/tokens_per_second": 500.0, "time/mfu": 0.3}
+        {
+            "time/step_seconds": 2.0,
+            "time/tokens_per_second": 500.0,
+            "time/mfu": 0.3,
+            "time/hfu": 0.4,
+        }
     )
     assert shown.eta() == pytest.approx(160.0)
     assert shown.elapsed() == pytest.approx(40.0)

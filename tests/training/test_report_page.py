@@ -62,7 +62,7 @@ def _run(folder, steps=40, every_eval=10, offset=0.0, summary=None, config=None,
         for step in range(1, steps + 1):
             loss = 2 + offset + 6 / step
             values = {"loss": loss, "learning_rate": 1e-3, "grad_norm": loss / 2}
-            clock = {"time/tokens_per_second": 5000.0, "time/mfu": 0.3}
+            clock = {"time/tokens_per_second": 5000.0, "time/mfu": 0.3, "time/hfu": 0.4}
             writer.write(step, {**values, "tokens": 64 * step, **clock})
             if step % every_eval == 0:
                 bits = {"bits_per_byte": loss / 2, "code/bits_per_byte": loss / 4}
@@ -88,6 +88,8 @@ _SUMMARY = {
     "params_total": 1234567,
     "params_active": 234567,
     "flops_model": 3.25e15,
+    "flops_hw": 4.5e15,
+    "backend/attention": "pallas_tpu, xla",
     "device": "1x <GPU>",
     "seconds": 245.0,
     "compile_seconds": 12.5,
@@ -116,6 +118,9 @@ def test_a_finished_run(tmp_path):
     assert page.rows["Model FLOPs"] == ["3.25e15"]
     assert page.rows["Tokens per second"] == ["5.00k"]
     assert page.rows["Model FLOP utilization"] == ["30.0%"]
+    assert page.rows["attention"] == ["pallas_tpu, xla"]
+    assert page.rows["Hardware FLOPs"] == ["4.50e15"]
+    assert page.rows["Hardware FLOP utilization"] == ["40.0%"]
     assert page.rows["Wall-clock"] == ["4:05"]
     assert page.rows["Compilation"] == ["12.5 s"]
     assert page.rows["Device"] == ["1x <GPU>"]

@@ -10,6 +10,7 @@ same recurrence with other values:
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float
 from effarch.kernels.delta_rule import api as delta_rule
 from effarch.kernels.linear_attention import api as linear_attention
 from effarch.models.context import Context
-from effarch.models.layers import learned_start, time_pieces
+from effarch.models.layers import executed, learned_start, time_pieces
 
 
 class Memory(nnx.Module):
@@ -121,3 +122,23 @@ class Memory(nnx.Module):
 
     def init_cache(self, batch: int) -> dict[str, Array]:
         return self.start.init_cache(batch)
+
+    def chunked_flops(
+        self,
+        rule: Callable[..., executed.Flops],
+        seq_len: int,
+        *,
+        num_k_heads: int | None = None,
+        per_channel: bool = False,
+    ) -> executed.Flops:
+        """What a kernel does, `executed.delta_rule` or `executed.linear_attention`.
+
+        `num_k_heads` None: as many as there are of values; `per_channel`: so is the decay.
+        """
+        return rule(
+            seq_len,
+            *self.start.shape,
+            num_k_heads=num_k_heads or self.start.shape[0],
+            chunk_size=self.chunk_size,
+            per_channel=per_channel,
+        )

@@ -3,7 +3,8 @@
 A mixer is `Mixer(width, *, options..., rngs)` with `(x, ctx, cache) -> (y, cache, aux)`,
 `init_cache(batch, length)` and `forward_flops(seq_len)` (per token, without its linear layers). A
 recurrence counts as written, two for a multiply-add and one for a product: a state [K, V] costs 4 K V a
-token, 6 K V with a delta rule, and K V more with a decay, whatever form runs.
+token, 6 K V with a delta rule, and K V more with a decay, whatever form runs. `hardware_flops(seq_len)`
+is what does run, if that differs: `layers.executed`.
 """
 
 from effarch.models.mixers.attention import Attention

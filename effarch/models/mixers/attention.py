@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from effarch.kernels.attention import api as attention
 from effarch.models import remat
 from effarch.models.context import Context
-from effarch.models.layers import attend, kv_cache, linear, norm, rotary
+from effarch.models.layers import attend, executed, kv_cache, linear, norm, rotary
 from effarch.quantization import estimators
 
 
@@ -181,6 +181,11 @@ class Attention(nnx.Module):
         # The mean number of visible keys of the causal convention: half, not half plus a half.
         visible = seq_len / 2 if window == seq_len else window * (1 - (window - 1) / (2 * seq_len))
         return 4.0 * visible * self.num_heads * self.head_dim
+
+    def hardware_flops(self, seq_len: int) -> executed.Flops:
+        """Whole blocks of scores and values, the scores again backward."""
+        k_dim = self.head_dim if self.joint_bits is None else self.q.sizes[0]
+        return executed.attention(seq_len, self.num_heads, k_dim, self.head_dim, self.window)
 
 
 def _check_joint(joint_bits, rope, qk_norm) -> None:

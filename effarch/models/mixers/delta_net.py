@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from effarch import names
 from effarch.models.context import Context
-from effarch.models.layers import heads, linear, memory, norm, short_convs
+from effarch.models.layers import executed, heads, linear, memory, norm, short_convs
 
 QK_ACTIVATIONS = {
     "silu": lambda x: x,  # the convolution's own
@@ -103,3 +103,7 @@ class DeltaNet(nnx.Module):
     def forward_flops(self, seq_len: int) -> float:
         """The recurrence (read, write, read out) per token; no projections or convolutions."""
         return 6.0 * self.num_heads * self.head_dim**2
+
+    def hardware_flops(self, seq_len: int) -> executed.Flops:
+        """The recurrence as it runs, in chunks."""
+        return self.memory.chunked_flops(executed.delta_rule, seq_len)

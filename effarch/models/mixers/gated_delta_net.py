@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch.models.context import Context
-from effarch.models.layers import decay, heads, linear, memory, norm, short_convs
+from effarch.models.layers import decay, executed, heads, linear, memory, norm, short_convs
 
 
 class GatedDeltaNet(nnx.Module):
@@ -100,3 +100,7 @@ class GatedDeltaNet(nnx.Module):
     def forward_flops(self, seq_len: int) -> float:
         """The recurrence (read, write, read out, decay) per token; no projections or convolutions."""
         return 7.0 * self.num_v_heads * self.k_dim * self.v_dim
+
+    def hardware_flops(self, seq_len: int) -> executed.Flops:
+        """The recurrence as it runs, in chunks."""
+        return self.memory.chunked_flops(executed.delta_rule, seq_len, num_k_heads=self.num_heads)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch.models.context import Context
-from effarch.models.layers import heads, linear, low_rank, memory, norm
+from effarch.models.layers import executed, heads, linear, low_rank, memory, norm
 
 
 class GatedLinearAttention(nnx.Module):
@@ -75,3 +75,7 @@ class GatedLinearAttention(nnx.Module):
     def forward_flops(self, seq_len: int) -> float:
         """The recurrence (write, read out, decay) per token; no projections."""
         return 5.0 * self.num_heads * self.k_dim * self.v_dim
+
+    def hardware_flops(self, seq_len: int) -> executed.Flops:
+        """The recurrence as it runs, in chunks."""
+        return self.memory.chunked_flops(executed.linear_attention, seq_len, per_channel=True)

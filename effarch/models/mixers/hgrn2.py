@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch.models.context import Context
-from effarch.models.layers import forget_gate, heads, linear, memory, norm
+from effarch.models.layers import executed, forget_gate, heads, linear, memory, norm
 
 
 class HGRN2(nnx.Module):
@@ -75,3 +75,7 @@ class HGRN2(nnx.Module):
     def forward_flops(self, seq_len: int) -> float:
         """The recurrence (write, read out, decay) per token; no projections."""
         return 5.0 * self.num_heads * self.head_dim**2
+
+    def hardware_flops(self, seq_len: int) -> executed.Flops:
+        """The recurrence as it runs, in chunks."""
+        return self.memory.chunked_flops(executed.linear_attention, seq_len, per_channel=True)

@@ -14,7 +14,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch.models.context import Context
-from effarch.models.layers import decay, heads, linear, low_rank, memory, norm, short_convs
+from effarch.models.layers import (
+    decay,
+    executed,
+    heads,
+    linear,
+    low_rank,
+    memory,
+    norm,
+    short_convs,
+)
 
 
 class KimiDeltaAttention(nnx.Module):
@@ -108,3 +117,7 @@ class KimiDeltaAttention(nnx.Module):
     def forward_flops(self, seq_len: int) -> float:
         """The recurrence (read, write, read out, decay) per token; no projections or convolutions."""
         return 7.0 * self.num_v_heads * self.k_dim * self.v_dim
+
+    def hardware_flops(self, seq_len: int) -> executed.Flops:
+        """The recurrence as it runs, in chunks."""
+        return self.memory.chunked_flops(executed.delta_rule, seq_len, per_channel=True)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from effarch.kernels.attention import api as attention
 from effarch.models.context import Context
-from effarch.models.layers import attend, heads, kv_cache, linear, norm, rotary
+from effarch.models.layers import attend, executed, heads, kv_cache, linear, norm, rotary
 
 
 class LatentAttention(nnx.Module):
@@ -124,3 +124,8 @@ class LatentAttention(nnx.Module):
     def forward_flops(self, seq_len: int) -> float:
         """Scores and values per token, causal average over the sequence; projections not included."""
         return seq_len * self.num_heads * (self.nope_dim + self.rope_dim + self.v_dim)
+
+    def hardware_flops(self, seq_len: int) -> executed.Flops:
+        """Whole blocks of scores and values, the scores again backward."""
+        k_dim = self.nope_dim + self.rope_dim
+        return executed.attention(seq_len, self.num_heads, k_dim, self.v_dim, None)

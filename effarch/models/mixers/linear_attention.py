@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch.models.context import Context
-from effarch.models.layers import feature_maps, heads, linear, memory, norm
+from effarch.models.layers import executed, feature_maps, heads, linear, memory, norm
 
 
 class LinearAttention(nnx.Module):
@@ -81,3 +81,7 @@ class LinearAttention(nnx.Module):
     def forward_flops(self, seq_len: int) -> float:
         """The recurrence (write, read out) per token; no projections or feature maps."""
         return 4.0 * self.num_heads * self.q_map.features * (self.v_dim + self.normalize)
+
+    def hardware_flops(self, seq_len: int) -> executed.Flops:
+        """The recurrence as it runs, in chunks."""
+        return self.memory.chunked_flops(executed.linear_attention, seq_len)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch.models.context import Context
-from effarch.models.layers import decay, heads, linear, memory, norm, short_convs
+from effarch.models.layers import decay, executed, heads, linear, memory, norm, short_convs
 
 
 class Mamba2(nnx.Module):
@@ -86,3 +86,7 @@ class Mamba2(nnx.Module):
     def forward_flops(self, seq_len: int) -> float:
         """The recurrence (write, read out, decay) per token; no projections or convolutions."""
         return 5.0 * self.num_heads * self.k_dim * self.v_dim
+
+    def hardware_flops(self, seq_len: int) -> executed.Flops:
+        """The recurrence as it runs, in chunks."""
+        return self.memory.chunked_flops(executed.linear_attention, seq_len, num_k_heads=1)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch.models.context import Context
-from effarch.models.layers import heads, linear, memory, norm, rotary
+from effarch.models.layers import executed, heads, linear, memory, norm, rotary
 
 
 class RetNet(nnx.Module):
@@ -82,3 +82,7 @@ class RetNet(nnx.Module):
     def forward_flops(self, seq_len: int) -> float:
         """The recurrence (write, read out, decay) per token; no projections."""
         return 5.0 * self.num_heads * self.k_dim * self.v_dim
+
+    def hardware_flops(self, seq_len: int) -> executed.Flops:
+        """The recurrence as it runs, in chunks."""
+        return self.memory.chunked_flops(executed.linear_attention, seq_len)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effarch.models.context import Context
-from effarch.models.layers import heads, kv_cache, linear, rotary, spark_attend
+from effarch.models.layers import executed, heads, kv_cache, linear, rotary, spark_attend
 
 
 class SparkAttention(nnx.Module):
@@ -84,6 +84,11 @@ class SparkAttention(nnx.Module):
     def forward_flops(self, seq_len: int) -> float:
         """All scores and values per token, causal average; projections not included."""
         return 4.0 * _visible(self.window, seq_len) * self.num_heads * self.head_dim
+
+    def hardware_flops(self, seq_len: int) -> executed.Flops:
+        """Scores and values of all keys, later ones too, the scores again backward."""
+        scores = values = 2.0 * seq_len * self.num_heads * self.head_dim
+        return executed.Flops(scores + values, 3 * scores + 2 * values)
 
     def idle_flops(self, seq_len: int) -> float:
         """Those of `forward_flops` that gate and sum values of keys that are not chosen."""

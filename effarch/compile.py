@@ -14,6 +14,7 @@ time of a step with what bounds it. "auto" in the config means what the target w
 Exit codes: 0 it fits, 1 it does not, 2 a mistake in the command or config.
 """
 
+import contextlib
 import json
 import os
 
@@ -27,6 +28,12 @@ DOES_NOT_FIT = 1
 command_line.define_config()
 flags.DEFINE_string("target", None, "What to compile for, as v5p:4x4x4, h100 or h100:1x8x8.")
 flags.DEFINE_bool("list_targets", False, "Print the known targets with their figures, then stop.")
+flags.DEFINE_enum(
+    "kernels",
+    "auto",
+    ["auto", "xla"],
+    "auto: the target's own kernels; xla: plain JAX everywhere, to compare with.",
+)
 flags.DEFINE_bool("json", False, "Print the report as JSON.")
 flags.DEFINE_bool(
     "search",
@@ -42,12 +49,14 @@ def main() -> int:
         config = command_line.load_config()
         name = command_line.required("target")
         from effarch.aot import report
+        from effarch.kernels import dispatch
         from effarch.parallel import topologies
 
         target = topologies.parse(name)
-        if FLAGS.search:
-            return _search(config, target)
-        found = report.compile_step(config, target)
+        with dispatch.plain() if FLAGS.kernels == "xla" else contextlib.nullcontext():
+            if FLAGS.search:
+                return _search(config, target)
+            found = report.compile_step(config, target)
     _print(report.rows(found), found.to_dict())
     return 0 if found.memory.fits else DOES_NOT_FIT
 

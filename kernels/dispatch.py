@@ -17,6 +17,7 @@ from effarch.kernels import platform
 _chosen: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar(
     "chosen", default=None
 )
+_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
 
 
 class Unsupported(Exception):
@@ -26,6 +27,7 @@ class Unsupported(Exception):
 def preferred(backends: Sequence[str]) -> tuple[str, ...]:
     """The backends worth trying on the current platform, fastest first; always ends with `xla`."""
     native = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform.current())
+    native = None if _plain.get() else native
     return tuple(name for name in (native, "xla") if name in backends)
 
 
@@ -64,6 +66,16 @@ def require(kind: str, interpret: bool) -> None:
         raise Unsupported(f"it runs on {kind.upper()}s, and this program is for {where}")
     if not platform.is_one_device():
         raise Unsupported("the program may be split over devices, and a kernel cannot be")
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """What is traced inside prefers `xla` everywhere, for comparison."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 @contextlib.contextmanager

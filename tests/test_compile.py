@@ -168,6 +168,8 @@ def test_auto_means_what_the_target_would_choose():
     with platform.tracing_for("tpu"):
         assert build.activation_dtype("auto") == jnp.bfloat16 and not build.unrolled("auto")
         assert dispatch.preferred(("xla", "pallas_tpu")) == ("pallas_tpu", "xla")
+        with dispatch.plain():
+            assert dispatch.preferred(("xla", "pallas_tpu")) == ("xla",)
     assert platform.current() == jax.default_backend()
 
 

@@ -29,6 +29,7 @@ FP8 = (
     "--config.name=transformer-1.3b-fp8 --config.quantization.recipe=fp8_current "
     "--config.quantization.native=true"
 )
+PLAIN = " --kernels=xla"
 HYBRIDS = tuple(
     (f"hybrids:model={model},size={size}", target)
     for size, target in (("340m --config.train.accumulate=4", "v6e:4x4"), ("1.3b", "v5p:4x4x4"))
@@ -51,6 +52,11 @@ ROWS = (  # config with overrides, target
     ("transformer:size=1.3b", "v5p:4x4x4"),
     ("gated_deltanet:size=1.3b", "v5p:4x4x4"),
     ("gated_deltanet:size=1.3b", "v6e:8x8"),
+    *(
+        (f"{config}{kernels}", "v6e:8x8")
+        for config in ("transformer:size=1.3b", "gated_deltanet:size=1.3b,layers=hybrid")
+        for kernels in ("", PLAIN)
+    ),
     ("gated_deltanet:size=1.3b", "tpu7x:2x2x4"),
     (f"transformer:size=1.3b {FP8}", "h100:1x1x8"),
     (f"transformer:size=1.3b {FP8}", "tpu7x:2x2x4"),
@@ -88,20 +94,25 @@ def _compile(command: str) -> dict:
 
 def _write_table(found: dict[str, dict]) -> None:
     ordered = [f"--config={config} --target={target}" for config, target in ROWS]
-    lines = [_row(found[command]) for command in ordered if command in found]
+    lines = [
+        _row(found[command], "plain" if PLAIN in command else "")
+        for command in ordered
+        if command in found
+    ]
     names = [
-        *("config", "target", "parameters", "tokens a step", "HBM a device", "bound by"),
+        *("config", "target", "kernels", "parameters", "tokens a step", "HBM a device", "bound by"),
         *("compute / HBM / network", "estimate", "MFU", "FP8 products", "compile"),
     ]
     experiment_record.write_table(HERE / "README.md", "compile", names, lines)
 
 
-def _row(one: dict) -> list[str]:
+def _row(one: dict, kernels: str) -> list[str]:
     held = one["memory"]
     share = f"{report.gib(held['total'])} of {report.gib(held['capacity'])}"
     cells = [
         one["name"],
         one["target"],
+        kernels,
         formatting.count(one["params"]),
         f"{one['tokens']:,}",
         share if held["fits"] else f"does not fit: {share}",

@@ -1,7 +1,7 @@
 """What the vendors' compilers say of a kernel, on a machine without the accelerator.
 
 Usage: python -m effarch.kernels.report --op=OP --target=TARGET [--spec=SIZES] [--backward]
-       python -m effarch.kernels.report --table
+       python -m effarch.kernels.report --table [--op=OP] [--target=TARGET]
 
 Examples:
   python -m effarch.kernels.report --op=gated_delta_rule --target=v6e
@@ -13,10 +13,12 @@ Needs the compilers, no accelerator: pip install 'effarch[aot]'; registers and s
 CUDA's ptxas on the PATH. A compile takes half a minute to a few minutes. Printed for a TPU: VLIW bundles
 per token and head, how full the units are, spills, VMEM; for a GPU: warp instructions per token and
 head, registers, spills, shared memory, matrix instructions; for both, the program's HBM temporaries.
-`--table` measures what README.md beside this file shows and has changed, and writes it again.
+`--table` measures what README.md beside this file shows and has changed, and writes it again; with --op
+or --target only their rows.
 Exit codes: 0 done, 2 a mistake in the command, or the kernel does not compile.
 """
 
+import functools
 import json
 
 from absl import flags
@@ -40,7 +42,8 @@ flags.DEFINE_bool("table", False, "Measure what has changed of the committed tab
 def main() -> int:
     with command_line.user_errors():
         if FLAGS.table:
-            table.update(report=lambda line: print(line, flush=True))
+            report = functools.partial(print, flush=True)
+            table.update(report, op=FLAGS.op, target=FLAGS.target)
             return 0
         found = compiling.measure(_case(), keep=FLAGS.keep)
     print(json.dumps(found, indent=1) if FLAGS.json else "\n".join(table.lines(found)))

@@ -43,13 +43,19 @@ def read() -> list[dict]:
     return json.loads(FIGURES.read_text()) if FIGURES.exists() else []
 
 
-def update(report: Callable[[str], None]) -> None:
-    """Measures the rows whose kernels have changed since and writes both files after each of them."""
+def update(
+    report: Callable[[str], None], *, op: str | None = None, target: str | None = None
+) -> None:
+    """Measures the rows whose kernels have changed since and writes both files after each of them.
+
+    With `op` or `target` only the rows of these.
+    """
     known = {json.dumps(row["case"]): row for row in read()}
     wanted = committed()
     for case in wanted:
         key, sources = json.dumps(case.to_dict()), fingerprint(case)
-        if known.get(key, {}).get("sources") == sources:
+        is_asked = case.op == (op or case.op) and case.target == (target or case.target)
+        if not is_asked or known.get(key, {}).get("sources") == sources:
             continue
         try:
             known[key] = compiling.measure(case) | {"sources": sources}

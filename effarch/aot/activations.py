@@ -33,15 +33,13 @@ def kept(remat: str, *, s: int, b: int, h: int, f: int, t: int, pieces: int) -> 
     for every number; what has heads or hidden channels is split t ways, the stream `pieces` ways.
     """
     if remat == "none":
-        norms = 2 * (
-            2 * 4 * h / pieces + 2 * h
-        )  # x and its quotient in float32; what linear layers read
-        attention = (
-            5 * 2 * h / t
-        )  # q, k, v, what is read out, and that as rows for the last product
-        return (
-            s * b * (norms + attention + 5 * 2 * f / t)
-        )  # GELU: its input, result, and on the way
+        # x and its quotient in float32, and what linear layers read
+        norms = 2 * (2 * 4 * h / pieces + 2 * h)
+        # q, k, v, what is read out, and that as rows for the last product
+        attention = 5 * 2 * h / t
+        # GELU: its input, its result and three arrays on the way
+        feed_forward = 5 * 2 * f / t
+        return s * b * (norms + attention + feed_forward)
     sizes = {"mixer_in": h, "mixer_out": h / pieces, "ffn_in": h, "ffn_out": h / pieces}
     sizes |= dict.fromkeys(("q", "k", "v", "mixer_hidden"), h / t)
     sizes |= dict.fromkeys(("ffn_gate", "ffn_up", "ffn_hidden"), f / t)

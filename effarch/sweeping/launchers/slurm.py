@@ -5,7 +5,6 @@
 that is preempted or reaches its time limit saves, is queued again and resumes.
 """
 
-import logging
 import math
 import pathlib
 import shutil
@@ -33,8 +32,6 @@ class Slurm:
             raise ValueError(
                 "--launcher=slurm needs the package submitit; pip install effarch[clusters]."
             ) from error
-        # It warns again and again where the cluster keeps no accounts; the queue is asked then.
-        logging.getLogger("submitit").setLevel(logging.ERROR)
         self._submitit, self._folder = submitit, root / "slurm" / "%j"
         self.capacity = parallel or MANY
         if shutil.which("sbatch") is None:
@@ -120,7 +117,7 @@ class _Job:
         self._missed_at: float | None = None
 
     def poll(self) -> int | None:
-        if self._job.done():
+        if self._has_result():
             try:
                 return int(self._job.result())
             except Exception as error:  # Whatever happened on the node is the run's failure.
@@ -135,6 +132,11 @@ class _Job:
 
     def stop(self) -> None:
         self._job.cancel(check=False)
+
+    def _has_result(self) -> bool:
+        """By listing the folder, so that a network file system looks again; `done` would ask sacct."""
+        paths = self._job.paths
+        return paths.folder.exists() and paths.result_pickle in paths.folder.iterdir()
 
     def _lost(self, reason: str) -> int:
         with self._log.open("a") as output:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from effarch.kernels import dispatch, platform, varying
-from effarch.kernels.chunked import documents, rows
+from effarch.kernels.chunked import documents, rows, value_pieces
 
 LANES = 128
 SHORTEST_CHUNK = 32
@@ -67,6 +67,15 @@ def run(
     final state [B,HV,K,V]. A decay per channel below 2^-30 (1e-9) a token counts as 2^-30.
     """
     _check(q, v, scale, interpret)
+    if (pieces := -(-v.shape[3] // WIDEST_HEAD)) > 1:
+        whole_width = v.shape[3]
+        v, (g, *per_head), initial_state = value_pieces.split(
+            v, (g, *per_head), initial_state, pieces
+        )
+        options = dict(scale=scale, initial_state=initial_state, segment_ids=segment_ids)
+        options |= dict(chunk_size=chunk_size, interpret=interpret, precise=precise)
+        found = run(chunked, q, k, v, per_head, g, **options)
+        return value_pieces.join(*found, pieces, whole_width)
     batch, length, heads, width = q.shape
     value_heads, value_width = v.shape[2:]
     plan = _plan(length, heads, width, value_heads, value_width, chunk_size, q, k, v)
@@ -105,10 +114,8 @@ def _check(q, v, scale, interpret):
         raise dispatch.Unsupported(f"it runs on TPUs, and this program is for {platform.current()}")
     if jnp.result_type(q, v).itemsize > 4:
         raise dispatch.Unsupported("float64 inputs are for the xla backend")
-    if max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD:
-        raise dispatch.Unsupported(
-            f"heads of {q.shape[-1]} and {v.shape[-1]} are wider than {WIDEST_HEAD}"
-        )
+    if q.shape[-1] > WIDEST_HEAD:
+        raise dispatch.Unsupported(f"heads of {q.shape[-1]} keys are wider than {WIDEST_HEAD}")
     if v.shape[2] // q.shape[2] > MOST_SHARED:
         raise dispatch.Unsupported(f"more than {MOST_SHARED} value heads read one key head")
     if isinstance(scale, jax.core.Tracer):

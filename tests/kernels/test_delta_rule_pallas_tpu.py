@@ -71,7 +71,7 @@ def test_another_platform_is_refused(trial):
 def test_what_the_kernels_do_not_treat_is_refused(trial):
     q, k, v, beta, g, _ = trial.inputs("random")
     wide = np.zeros((*q.shape[:3], 300), np.float32)
-    with pytest.raises(dispatch.Unsupported, match="heads of 300 and 40 are wider than 256"):
+    with pytest.raises(dispatch.Unsupported, match="heads of 300 keys are wider than 256"):
         trial.kernel(wide, wide, v, beta, g)
     with jax.enable_x64(True), pytest.raises(dispatch.Unsupported, match="float64"):
         trial.kernel(*(np.float64(x) for x in (q, k, v, beta, g)))
@@ -85,6 +85,7 @@ def test_what_the_kernels_do_not_treat_is_refused(trial):
         ((1, 130, 2, 2, 16, 16), 64),  # a key head a value head
         ((1, 33, 8, 8, 128, 128), 32),  # two groups of heads
         ((2, 40, 2, 4, 130, 140), 32),  # keys and values that take 256 lanes
+        ((1, 40, 1, 2, 24, 300), 32),  # values in two pieces
         ((1, 200, 1, 1, 128, 128), None),  # chunks of 128
     ],
 )

@@ -15,9 +15,12 @@ from effarch.parallel import topologies
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "domain", "after-all"),
     *("while", "conditional", "call", "partition-id", "replica-id", "opt-barrier"),
+    *("call-start", "call-update"),
 }
 """They move nothing themselves."""
 _FUSIONS = ("fusion", "fusion-start")
+_TRANSFERS = ("copy-start", "slice-start")
+"""They run beside other operations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ def read(program: hlo.Program, target: topologies.Target) -> Costs:
             own_seconds = int(cycles.group(1)) / device.clock
         else:
             own_seconds = max(own_flops / device.peak_flops, own_bytes / device.hbm_bandwidth)
-        seconds += executions * own_seconds * (opcode != "copy-start")  # which runs beside others
+        seconds += executions * own_seconds * (opcode not in _TRANSFERS)
         flops += executions * own_flops
         traffic += executions * own_bytes
     return Costs(seconds, flops, traffic)
@@ -81,6 +84,9 @@ def _bytes(instruction: hlo.Instruction, computation: hlo.Computation, program) 
     result = _in_hbm(instruction)
     if opcode == "copy-start":
         return result  # its tuple names destination and source
+    if opcode == "slice-start":
+        source, piece, *_ = instruction.shapes
+        return piece.num_bytes * (source.is_in_hbm + piece.is_in_hbm)
     if opcode in ("dynamic-slice", "gather"):
         return 2 * result
     if opcode == "dynamic-update-slice":

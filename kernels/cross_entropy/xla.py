@@ -16,9 +16,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from effarch.kernels import varying
+from effarch.kernels import platform, varying
 
-_BUDGET = 2**22  # floats of logits held at once (16 MB): XLA:CPU slows down beyond its caches
+_BUDGET = {"cpu": 2**22, "gpu": 2**27, "tpu": 2**27}
+"""Floats of logits held at once, 16 or 512 MB: XLA:CPU slows down beyond its caches."""
 _TOKENS = 512  # but no fewer tokens than these, for each chunk reads and writes all of d head
 
 
@@ -26,7 +27,7 @@ def linear_cross_entropy(x, head, targets, weights, *, softcap, z_loss, chunk_si
     """See `api.linear_cross_entropy`; returns (total, ce, logsumexp, hit)."""
     B, T, _ = x.shape
     if chunk_size is None:
-        most = max(1, max(_BUDGET // head.shape[1], _TOKENS) // B)
+        most = max(1, max(_BUDGET[platform.current()] // head.shape[1], _TOKENS) // B)
         chunk_size = -(-T // -(-T // most))  # chunks of equal size, as far as they can be
     options = (softcap, z_loss, min(chunk_size, T))
     return _loss(*varying.align([x, head, targets, weights]), options)

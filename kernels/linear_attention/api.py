@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from effarch.kernels import dispatch, recurrent_arguments
 
-BACKENDS = ("reference", "xla", "pallas_tpu")
+BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 STEP_BACKENDS = ("xla", "pallas_tpu", "pallas_gpu")
 
 
@@ -40,8 +40,10 @@ def linear_attention(
     The final state is the one after the row's last token that is not padding. It is float32
     (float64 for float64 inputs, which are computed in float64; all others in float32).
     chunk_size: tokens that the chunked backends treat at once, None for the device's best.
-    backend: "xla", "reference" (also for forward-mode derivatives), "pallas_tpu" or None for the
-    fastest. On a TPU, bfloat16 inputs are multiplied in one pass; float32 inputs keep their digits.
+    backend: "xla", "reference" (also for forward-mode derivatives), "pallas_tpu", "pallas_gpu" or None
+    for the fastest. The Pallas kernels multiply bfloat16 inputs in one pass; on a TPU float32 inputs
+    keep their digits. "pallas_gpu" takes bfloat16 inputs and heads of at most 128, and leaves the rest
+    to xla.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     g, initial_state, segment_ids = (

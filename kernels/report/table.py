@@ -23,6 +23,9 @@ def committed() -> list[cases.Case]:
     for target in ("a100", "h100", "b200"):
         for op in ("delta_rule", "gated_delta_rule", "kda"):
             rows += [cases.Case(op, target, "pallas_gpu", both) for both in (False, True)]
+    for target, passes in (("a100", (False,)), ("h100", (False, True)), ("b200", (False,))):
+        for op in ("ssd", "gla"):
+            rows += [cases.Case(op, target, "pallas_gpu", both) for both in passes]
     packed = cases.Spec(packed=1)
     for op, backend in (("attention", "pallas_tpu"), ("short_conv", "pallas_tpu")):
         rows += [cases.Case(op, "v6e", backend, both, packed) for both in (False, True)]
@@ -70,8 +73,10 @@ def update(
 def fingerprint(case: cases.Case) -> str:
     """Of the sources that a kernel is made from."""
     kernels, folder = FOLDER.parent, cases.OPS[case.op][2]
-    digest = hashlib.sha256()
-    for path in sorted([*(kernels / folder).rglob("*.py"), *(kernels / "chunked").rglob("*.py")]):
+    digest, folders = hashlib.sha256(), [folder, "chunked"]
+    if (folder, case.backend) == ("linear_attention", "pallas_gpu"):
+        folders.append("delta_rule/pallas_gpu")  # it is made from their parts
+    for path in sorted(path for name in folders for path in (kernels / name).rglob("*.py")):
         other = {"pallas_tpu": "pallas_gpu", "pallas_gpu": "pallas_tpu"}.get(case.backend)
         if other is None or other not in str(path.relative_to(kernels)):
             digest.update(path.read_bytes())

@@ -176,6 +176,24 @@ def test_an_asynchronous_fusion_costs_what_a_fusion_costs():
     assert costs.read(program, V5P) == costs.read(hlo.parse(TEXT), V5P)
 
 
+def test_prefetched_slices_move_what_they_take_beside_the_rest():
+    """4 of 32 rows into on-chip memory; a gather that another core does is counted where it is done."""
+    line = "  %one = s32[] constant(1)\n"
+    begun = (
+        "  %begun = ((f32[32,128]{1,0}), f32[4,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) "
+        "slice-start(%ag), slice={[0:4], [0:128]}\n"
+        "  %cut = f32[4,128]{1,0:T(8,128)S(1)} slice-done(%begun)\n"
+        "  %sent = ((f32[32,128]{1,0}), f32[8,128]{1,0}, u32[]{:S(8)}) call-start(%ag), "
+        'async_execution_thread="sparsecore"\n'
+    )
+    assert TEXT.count(line) == 1
+    before, found = (
+        costs.read(hlo.parse(text), V5P) for text in (TEXT, TEXT.replace(line, line + begun))
+    )
+    assert found.hbm_bytes - before.hbm_bytes == 6 * 4 * 128 * 4
+    assert found.seconds == before.seconds
+
+
 def test_a_scanned_product_compiled_here_is_counted_in_full():
     """The text of a real compile: 5 products of [32,64] by [64,64] in a scan."""
 

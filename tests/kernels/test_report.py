@@ -190,23 +190,30 @@ def test_no_kernel_needs_more_bundles_than_committed(row):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "unit", "most", "shared"),
+    ("target", "unit", "shared"),
+    [("a100", "mma.sync", 166912), ("h100", "wgmma", 232448), ("b200", "tcgen05", 232448)],
+)
+@pytest.mark.parametrize(
+    ("op", "kernels", "mosts"),
     [
-        ("a100", "mma.sync", 435, 166912),
-        ("h100", "wgmma", 340, 232448),
-        ("b200", "tcgen05", 425, 232448),
+        ("gated_delta_rule", 3, dict(a100=435, h100=340, b200=425)),
+        ("ssd", 2, dict(a100=180, h100=138, b200=166)),
+        ("gla", 3, dict(a100=595, h100=645, b200=760)),
     ],
 )
-def test_the_gpu_forward_takes_the_matrix_unit_without_spills(target, unit, most, shared):
-    """340 is the goal on H100; the others guard what was measured, 420 and 412 (goals: 500 and 380)."""
+def test_the_gpu_forward_takes_the_matrix_unit_without_spills(
+    op, kernels, mosts, target, unit, shared
+):
+    """340 is the goal of the delta rule on H100; the others guard what was measured plus a few percent:
+    there 420 and 412 (goals: 500 and 380)."""
     if not compiling_wheel_is_here("jax-cuda13-pjrt"):
         pytest.skip("the compiler wheel jax-cuda13-pjrt is not installed (extra aot)")
-    found = compiling.measure(cases.Case("gated_delta_rule", target, "pallas_gpu"))
+    found = compiling.measure(cases.Case(op, target, "pallas_gpu"))
     ours = [kernel for kernel in found["kernels"] if kernel["is_pallas"]]
-    assert len(ours) == 3 and all(kernel["matrix"].get(unit) for kernel in ours)
+    assert len(ours) == kernels and all(kernel["matrix"].get(unit) for kernel in ours)
     assert not any(kernel["spill_bytes"] for kernel in ours)
     assert all(kernel["shared_bytes"] <= shared for kernel in ours)
-    assert found["per_token_and_head"] <= most
+    assert found["per_token_and_head"] <= mosts[target]
 
 
 def compiling_wheel_is_here(name):

@@ -270,7 +270,8 @@ def test_state_bytes_equal_the_compilers_arguments(config, target):
     batch = 64 * 256 * 5 * 4 / topologies.parse(target).num_devices
     assert held["state"] + held["batch"] == pytest.approx(held["state"] + batch, rel=0.01)
     assert held["fits"]
-    assert 0 < found["mfu"] < 1
+    assert 0 < found["mfu"] < found["hfu"] < 1
+    assert found["backends"]["attention"] == "pallas_tpu"
     assert bool(found["collectives"]) == (target != "v5p:1x1x1")
 
 

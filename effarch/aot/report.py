@@ -7,7 +7,7 @@ import jax
 
 from effarch.aot import advice, collectives, costs, hlo, memory, products
 from effarch.aot import plan as plan_lib
-from effarch.kernels import platform
+from effarch.kernels import dispatch, platform
 from effarch.parallel import topologies
 from effarch.training import formatting
 from effarch.training import setup as setup_lib
@@ -28,6 +28,8 @@ class Report:
     """Of a step over all devices, by formula: the model's."""
     flops_hardware: float
     """The same with what kernels and `model.remat` compute beside it."""
+    backends: dict[str, str]
+    """What each of the kernels' operations runs on."""
     memory: memory.Memory
     compile_seconds: float
     collectives: list[dict]
@@ -81,7 +83,8 @@ def compile_step(config, target: topologies.Target) -> Report:
 
 def _compile_step(config, target: topologies.Target) -> Report:
     setup = plan_lib.plan(config, target)
-    lowered = plan_lib.lower(setup)
+    with dispatch.noted() as backends:
+        lowered = plan_lib.lower(setup)
     state = memory.state_bytes(setup.abstract, setup.shardings)
     capacity = target.device.hbm
     start = time.perf_counter()
@@ -91,13 +94,14 @@ def _compile_step(config, target: topologies.Target) -> Report:
         held = memory.read_failure(str(error), state, capacity)
         if held is None:
             raise
-        return _report(setup, target, held, time.perf_counter() - start, None)
+        return _report(setup, target, backends, held, time.perf_counter() - start, None)
     seconds = time.perf_counter() - start
     program = hlo.parse(compiled.as_text())
-    return _report(setup, target, memory.read(compiled, state, capacity), seconds, program)
+    held = memory.read(compiled, state, capacity)
+    return _report(setup, target, backends, held, seconds, program)
 
 
-def _report(setup: setup_lib.Setup, target, held, compile_seconds, program) -> Report:
+def _report(setup: setup_lib.Setup, target, backends, held, compile_seconds, program) -> Report:
     flops = setup.counts.flops_per_token * setup.tokens_per_step
     peak = target.device.peak_flops * target.num_devices
     found, floors, seconds = [], None, None
@@ -119,6 +123,7 @@ def _report(setup: setup_lib.Setup, target, held, compile_seconds, program) -> R
         params_active=setup.counts.params_active,
         flops=flops,
         flops_hardware=setup.counts.flops_hardware * setup.tokens_per_step,
+        backends=backends,
         memory=held,
         compile_seconds=compile_seconds,
         collectives=collectives.totals(found),
@@ -152,6 +157,7 @@ def rows(report: Report) -> list[tuple[str, str]]:
             f"{report.tokens:,} tokens, {count(report.flops)} FLOPs by formula, "
             f"{count(report.flops_hardware)} on the hardware",
         ),
+        ("kernels", ", ".join(f"{op} {name}" for op, name in sorted(report.backends.items()))),
         ("compile time", formatting.duration(report.compile_seconds)),
         (
             "HBM a device",

@@ -14,8 +14,18 @@ import pytest
 from effarch.kernels.chunked import rows
 
 BACKENDS = ["reference", "xla"]
+NAMES = ["delta_rule", "linear_attention"]
 CI = [pytest.mark.slow, pytest.mark.ci]
-DELTA_RULE_SLOW = pytest.param("delta_rule", marks=CI)
+PAIRS = [
+    ("delta_rule", "head"),
+    ("linear_attention", "channel"),
+    pytest.param("delta_rule", "channel", marks=CI),
+    pytest.param("linear_attention", "head", marks=pytest.mark.slow),
+]
+every_pair = pytest.mark.parametrize(("chunked", "gate"), PAIRS, indirect=["chunked"])
+in_ci = pytest.mark.parametrize(
+    "chunked", [pytest.param(x, marks=CI) for x in NAMES], indirect=True
+)
 
 
 @pytest.mark.parametrize("gate", [pytest.param(gate, marks=CI) for gate in ("head", "channel")])
@@ -29,7 +39,7 @@ def test_long_rows_go_from_stretch_to_stretch(chunked, float64, monkeypatch, gat
     chunked.assert_close(fresh(*inputs, segments=chunked.SEGMENTS), expected, 1e-12)
 
 
-@pytest.mark.parametrize("gate", ["head", "channel"])
+@every_pair
 def test_splitting_a_row_changes_nothing(chunked, float64, gate):
     *inputs, state = chunked.inputs(gate)
     cut = chunked.T // 2
@@ -42,7 +52,7 @@ def test_splitting_a_row_changes_nothing(chunked, float64, gate):
 # Padding.
 
 
-@pytest.mark.parametrize("gate", ["head", "channel"])
+@every_pair
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_content_is_ignored(chunked, float64, gate, backend):
     *inputs, state = chunked.inputs(gate)
@@ -67,7 +77,7 @@ def test_a_row_of_padding_keeps_its_state(chunked, relative_rms, float64, backen
 # Gates, and causality.
 
 
-@pytest.mark.parametrize("gate", ["head", "channel"])
+@every_pair
 def test_extreme_gates(chunked, gate):
     """In float32."""
     *arrays, g, state = chunked.inputs(gate, np.float32)
@@ -94,7 +104,7 @@ def test_equal_channels_equal_one_gate_per_head(chunked, float64):
     chunked.assert_close(by_channel, by_head, 1e-12)
 
 
-@pytest.mark.parametrize("gate", ["head", "channel"])
+@every_pair
 def test_outputs_do_not_see_the_future(chunked, float64, gate):
     *inputs, state = chunked.inputs(gate)
     o = np.asarray(chunked.forward(*inputs, state)[0])
@@ -110,7 +120,7 @@ def test_outputs_do_not_see_the_future(chunked, float64, gate):
 # Transformations.
 
 
-@pytest.mark.parametrize("chunked", [DELTA_RULE_SLOW, "linear_attention"], indirect=True)
+@in_ci
 def test_vmap_scan_and_checkpoint(chunked, gate):
     *inputs, _ = chunked.inputs(gate, np.float32, length=17)
 
@@ -131,7 +141,7 @@ def test_vmap_scan_and_checkpoint(chunked, gate):
     chunked.assert_close(results[1], results[0], 1e-5)
 
 
-@pytest.mark.parametrize("chunked", [DELTA_RULE_SLOW, "linear_attention"], indirect=True)
+@in_ci
 def test_inside_shard_map(chunked, gate):
     """Manual over a mesh axis with checks on; k and beta replicated, no initial state."""
     inputs = chunked.inputs(gate, np.float32, length=17)[:-1]

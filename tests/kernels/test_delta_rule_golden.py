@@ -16,9 +16,10 @@ DATA = Path(__file__).parents[1] / "data"
 GOLDEN = ["delta_rule_0", "delta_rule_1", "gated_delta_rule_0", "gated_delta_rule_1"]
 GOLDEN += ["kda_0", "kda_1"]
 BACKENDS = ["reference", "xla"]
+CI = [pytest.mark.slow, pytest.mark.ci]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", pytest.param("reference", marks=CI)])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_outputs(name, backend, relative_rms):
     data = np.load(DATA / f"{name}.npz")

@@ -16,6 +16,7 @@ from effarch.kernels import linear_attention, linear_attention_step
 
 DATA = Path(__file__).parents[1] / "data"
 BACKENDS = ["reference", "xla"]
+CI = [pytest.mark.slow, pytest.mark.ci]
 GATES = ["none", "constant", "head", "channel"]
 
 
@@ -49,7 +50,7 @@ def by_loops(q, k, v, g, state, segments):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", pytest.param("reference", marks=CI)])
 @pytest.mark.parametrize("name", ["gla", "simple_gla", "retention"])
 def test_golden_outputs(name, backend, relative_rms):
     for number in (0, 1):
@@ -87,7 +88,10 @@ def test_five_tokens_computed_by_hand(five_tokens, backend, gate, o_last, o_sum,
     np.testing.assert_allclose(np.ravel(final), state, atol=2e-6)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    "gate",
+    ["none", "channel", *(pytest.param(x, marks=pytest.mark.slow) for x in ("constant", "head"))],
+)
 def test_values_equal_loops_and_gradients_equal_the_recurrence(op, float64, gate):
     inputs = op.inputs(gate)
     expected, gradients = op.forward_backward(*inputs, segments=op.SEGMENTS, backend="reference")

@@ -143,6 +143,8 @@ def test_vmap_equals_a_loop():
         np.testing.assert_array_equal(tail[index], tail_one)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_inside_shard_map():
     """Manual over a mesh axis with checks on; kernel and bias replicated, rows split."""
     inputs = make_inputs()

@@ -26,6 +26,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+def pytest_collection_modifyitems(items):
+    """What starts processes, and lasts, comes first: other workers do the rest meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("multiprocess") is None)
+
+
 @pytest.fixture(scope="session")
 def compile_for():
     """A function: runs a script that compiles for the target, which is its first argument.

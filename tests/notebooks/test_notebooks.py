@@ -26,6 +26,7 @@ def test_stored_without_outputs(path):
 
 @pytest.mark.slow
 @pytest.mark.ci
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_in_under_three_minutes(path):
     """Of processor time, which does not depend on what else the machine does."""

@@ -18,13 +18,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 @pytest.fixture(scope="module")
 def config_file(make_tiny, write_config):
-    """A hybrid that saves at every second of its 40 steps."""
+    """A hybrid that saves at every second of its 28 steps."""
     c = make_tiny()
     c.model.layers = "gated_delta_net/glu + attention/glu"
     c.model.blocks.gated_delta_net.update(num_heads=2, head_dim=8)
-    c.train.num_steps = 40
+    c.train.num_steps = 28
     c.checkpoint.every_steps = 2
-    c.eval.every_steps = 20
+    c.eval.every_steps = 14
     return write_config(c)
 
 
@@ -82,7 +82,7 @@ def test_kill_at_random_moments_and_during_saves(config_file, whole, tmp_path):
     """Three kills in one run, each some milliseconds after a step that starts a save."""
     folder = tmp_path / "killed"
     draw = random.Random(1)
-    for step in (3, 17, 31):
+    for step in (3, 11, 19):
         process = start(config_file, folder)
         wait_for_step(folder, step, process)
         time.sleep(draw.random() * 0.05)
@@ -113,7 +113,7 @@ def test_a_damaged_newest_checkpoint_falls_back_in_one_sentence(
 ):
     folder = tmp_path / damage
     process = start(config_file, folder)
-    wait_for_step(folder, 21, process)
+    wait_for_step(folder, 13, process)
     process.terminate()
     process.communicate(timeout=120)
     steps = sorted(

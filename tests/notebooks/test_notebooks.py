@@ -29,7 +29,7 @@ def test_stored_without_outputs(path):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_in_under_three_minutes(path):
-    """Of processor time, which does not depend on what else the machine does."""
+    """On two cores: processor time, which depends less on what else the machine does."""
     notebook = nbformat.read(path, as_version=4)
     # As a user has it: the tests' own compiler flags make slow programs, and notebooks train.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -37,7 +37,7 @@ def test_runs_in_under_three_minutes(path):
     nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}
     ).execute(env=environment)
-    assert 1 < _seconds_of_children() - start < 180
+    assert 1 < _seconds_of_children() - start < 2 * 180
 
 
 def _seconds_of_children() -> float:

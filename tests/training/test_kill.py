@@ -40,7 +40,7 @@ def start(config_file, folder):
 
 def finish(config_file, folder) -> str:
     process = start(config_file, folder)
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     return stderr
 
@@ -99,7 +99,7 @@ def test_sigterm_saves_and_says_so(config_file, whole, tmp_path):
     process = start(config_file, folder)
     wait_for_step(folder, 9, process)
     process.terminate()
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 143, stderr
     assert "told to stop" in stderr
     finish(config_file, folder)
@@ -115,7 +115,7 @@ def test_a_damaged_newest_checkpoint_falls_back_in_one_sentence(
     process = start(config_file, folder)
     wait_for_step(folder, 13, process)
     process.terminate()
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     steps = sorted(
         int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()
     )

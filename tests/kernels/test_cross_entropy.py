@@ -201,7 +201,7 @@ def test_default_chunk_stays_within_its_budget(kind, words, monkeypatch):
     with platform.tracing_for(kind):
         linear_cross_entropy(x, jnp.zeros((1, words)), ids, ids.astype(jnp.float32))
     limit = max(xla._BUDGET[kind], xla._TOKENS * words)
-    assert 0.75 * limit < 4 * seen[0] * words <= limit
+    assert 0.8 * limit < 4 * seen[0] * words <= limit
 
 
 @pytest.mark.parametrize(

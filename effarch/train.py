@@ -24,6 +24,7 @@ import pathlib
 from absl import flags
 
 from effarch import command_line
+from effarch.training import freed_memory
 
 FLAGS = flags.FLAGS
 BAD_STEPS = 3
@@ -49,9 +50,8 @@ def main() -> int:
             return 0
         # Imported here: --help and a mistyped flag are answered before JAX is loaded.
         from effarch.parallel import multihost
-        from effarch.training import checkpoints, freed_memory, loop, run_folder, setup, trunk
+        from effarch.training import checkpoints, loop, run_folder, setup, trunk
 
-        freed_memory.keep()
         multihost.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         plan = setup.prepare(config)
         if FLAGS.trunk:
@@ -87,4 +87,5 @@ def _train(plan, folder: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
+    freed_memory.keep()
     command_line.run(main, usage=__doc__)

@@ -7,9 +7,9 @@ gives such blocks back to the system, which then clears every page of the next o
 
 import ctypes
 import importlib.util
+import os
 import sys
 
-import jax
 from absl import logging
 
 _MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX, _TOP_PAD = -4, -1, -8, -2  # mallopt's names, from malloc.h
@@ -18,8 +18,9 @@ _MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX, _TOP_PAD = -4, -1, -8, -2  # mallopt's n
 def keep() -> None:
     """Asks glibc not to return freed memory; call it before JAX starts its threads.
 
-    A thread that has allocated before keeps an arena of its own, whose large blocks are returned
-    whatever is asked. Where JAX may use an accelerator, and on other systems, nothing is changed.
+    That is before a config is read, because some configs count FLOPs with JAX: a thread that has
+    allocated keeps an arena of its own, whose large blocks are returned whatever is asked. Where JAX
+    may use an accelerator, and on other systems, nothing is changed.
     """
     if not sys.platform.startswith("linux") or not _on_cpu():
         return
@@ -34,8 +35,8 @@ def keep() -> None:
 
 
 def _on_cpu() -> bool:
-    """Whether JAX will use the CPU, told without starting its backends."""
-    chosen = jax.config.jax_platforms
+    """Whether JAX will use the CPU, told without importing it."""
+    chosen = os.environ.get("JAX_PLATFORMS")
     if chosen:
         return chosen.split(",")[0] == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))

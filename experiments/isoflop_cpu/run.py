@@ -2,15 +2,17 @@
 
     python experiments/isoflop_cpu/run.py --seeds=1 --parallel=1
 
-Finished runs in --runs are kept; every beginning of the runs is a result: the smallest budget for both
-architectures, then the next. A run goes on where the run of the same model on the budget before began
-its decay (effarch/training/trunk.py). A budget gets further widths until two lie on either side of the
-lowest loss. Seeds after the first are for the middle width of a budget, for the noise. --write_only
-trains nothing.
+Finished runs in --runs are kept, and so are the rows of results/runs.json, so that several machines can
+share the work. Every beginning of the runs is a result: the smallest budget for both architectures, then
+the next. A run goes on where the run of the same model on the budget before began its decay
+(effarch/training/trunk.py), if its folder is there. A budget gets further widths until two lie on either
+side of the lowest loss. Seeds after the first are for the middle width of a budget, for the noise.
+--write_only trains nothing.
 """
 
 import argparse
 import functools
+import json
 import pathlib
 
 import grid
@@ -20,6 +22,8 @@ from effarch import experiment_record, experiment_runs
 from effarch.scaling import isoflop, statistics, tables
 
 HERE = pathlib.Path(__file__).resolve().parent
+RESULTS = HERE / "results/runs.json"
+CELL = ("layers", "width", "flops", "seed")
 NOISE = 0.005
 """Bits per byte between seeds, where there are none to tell."""
 RESAMPLES = 400
@@ -29,24 +33,30 @@ COLUMNS = (*SIZES, "tokens", "flops_model", "flops_6nd", "steps", "seconds")
 
 def main() -> None:
     options = experiment_runs.parser(__doc__, runs="runs/isoflop_cpu", seeds=1).parse_args()
-    found: list[dict] = []
+    known = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+    found = {flops: [row for row in known if row["flops"] == flops] for flops in grid.BUDGETS}
     for flops in grid.BUDGETS:
-        found += _budget(flops, options)
-        if found:
-            _write(found)
+        found[flops] = _budget(flops, found[flops], options)
+        if any(found.values()):
+            _write([row for rows in found.values() for row in rows])
 
 
-def _budget(flops: float, options: argparse.Namespace) -> list[dict]:
+def _budget(flops: float, known: list[dict], options: argparse.Namespace) -> list[dict]:
     """The finished runs of a budget, with two widths on either side of each lowest loss."""
-    widths = {layers: set(grid.BUDGETS[flops]) for layers in grid.LAYERS}
-    training = functools.partial(_flags, options)
+    widths = {
+        layers: {*grid.BUDGETS[flops], *(row["width"] for row in known if row["layers"] == layers)}
+        for layers in grid.LAYERS
+    }
+    training, rows = functools.partial(_flags, options), list(known)
     while True:
+        names = {_name(**{field: row[field] for field in CELL}) for row in rows}
         cells = {_name(**cell): cell for cell in _cells(flops, widths, options.seeds)}
-        rows = [
+        missing = {name: cell for name, cell in cells.items() if name not in names}
+        rows += [
             cell
             | {name: summary[name] for name in COLUMNS}
             | {"loss": summary["val/bits_per_byte"]}
-            for cell, _, summary in experiment_runs.finished(cells, training, options)
+            for cell, _, summary in experiment_runs.finished(missing, training, options)
         ]
         further = {layers: _further(rows, layers, widths[layers]) for layers in widths}
         if not any(further.values()):
@@ -154,7 +164,7 @@ def _write(found: list[dict]) -> None:
     }
     exponents = {layers: _exponents(table, noise) for layers, table in runs.items()}
     results = {"noise": noise, "exponents": exponents, "runs": found}
-    experiment_record.write_json(HERE / "results/runs.json", results)
+    experiment_record.write_json(RESULTS, results)
     header = ["FLOPs", "width", "N", *grid.LAYERS, "hybrid - transformer"]
     experiment_record.write_table(readme, "losses", header, _loss_rows(found, runs))
     header = ["FLOPs", "architecture", "N*", "D*", "D* / N*", "bits per byte at N*"]

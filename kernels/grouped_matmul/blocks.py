@@ -2,7 +2,8 @@
 
 A loop visits the blocks that groups fill, so work is in proportion to the rows, whatever the number of
 groups. A block has a fixed number of rows; where its group ends earlier, the rest are read as zeros and
-not written, so rows need no padding. A block and the matrix of its group lie in the cache together.
+not written, so rows need no padding, and the last of them are not multiplied (`trimmed`). A block and
+the matrix of its group lie in the cache together.
 
 XLA for CPUs does not slice bfloat16: it makes whole arrays float32 before a loop and rounds every block
 inside, which takes several times as long as the product. Bits, as integers, are sliced as they are.
@@ -10,6 +11,7 @@ inside, which takes several times as long as the product. Bits, as integers, are
 Legend: M = rows, E = groups, R = rows of a block.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,6 +31,8 @@ class Block(NamedTuple):
 
     e: Int[Array, ""]
     start: Int[Array, ""]
+    used: Int[Array, ""]
+    """From which row on none is its own."""
     is_own_R1: Bool[Array, "R 1"]
 
 
@@ -46,18 +50,20 @@ def over(function: Callable, carry, sizes_E: jax.Array, num_rows: int, aligned: 
         row = starts_E[e] + (j - firsts_E[e]) * R
         start = jnp.minimum(row, num_rows - R)
         row_R = start + jnp.arange(R)
-        is_own_R = (row_R >= row) & (row_R < jnp.minimum(row + R, ends_E[e]))
-        return function(Block(e, start, is_own_R[:, None]), carry)
+        end = jnp.minimum(row + R, ends_E[e])
+        is_own_R = (row_R >= row) & (row_R < end)
+        return function(Block(e, start, end - start, is_own_R[:, None]), carry)
 
     return jax.lax.fori_loop(0, jnp.sum(num_E), visit, carry)
 
 
 def _rows_of_block(num_rows: int, num_groups: int, aligned: int) -> int:
-    """A quarter more than groups have on average, so that most need one block; less if that is many.
+    """What groups have that an even choice fills, with two deviations, in even pieces of at most _MOST.
 
     Groups that the caller made multiples of `aligned` rows are cut evenly.
     """
-    size = aligned if aligned > 1 else -(-5 * num_rows // (4 * num_groups))
+    mean = num_rows / num_groups
+    size = aligned if aligned > 1 else math.ceil(mean + 2 * mean**0.5)
     size = -(-size // -(-size // _MOST))
     return min(-(-size // 8) * 8, num_rows)
 
@@ -83,6 +89,26 @@ def write(y_bits: jax.Array, y_RF: jax.Array, block: Block) -> jax.Array:
     before_RF = jax.lax.dynamic_slice_in_dim(y_bits, block.start, y_RF.shape[0])
     after_RF = jnp.where(block.is_own_R1, bits(y_RF), before_RF)
     return jax.lax.dynamic_update_slice_in_dim(y_bits, after_RF, block.start, 0)
+
+
+def trimmed(function: Callable, block: Block, *arrays_RD: jax.Array):
+    """function(*arrays) on as many of the rows as the block needs: half, 3/4, 7/8 or all of them.
+
+    `function` returns (rows [R, ...], other arrays), where rows of zeros add nothing to the others and
+    become zeros.
+    """
+    R = block.is_own_R1.shape[0]
+    sizes = sorted({min(-(-R * eighths // 64) * 8, R) for eighths in (4, 6, 7, 8)})
+
+    def on(size):
+        def run(*arrays):
+            rows_RD, others = function(*(array[:size] for array in arrays))
+            return jnp.pad(rows_RD, ((0, R - size), (0, 0))), others
+
+        return run
+
+    place = sum((block.used > size).astype(jnp.int32) for size in sizes[:-1])
+    return jax.lax.switch(place, [on(size) for size in sizes], *arrays_RD)
 
 
 def dot(a: jax.Array, b: jax.Array, axis: int = 0) -> jax.Array:

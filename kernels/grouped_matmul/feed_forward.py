@@ -33,9 +33,13 @@ def _apply(activation, aligned, x_MD, weights, sizes_E):
 
     def visit(block, y_bits):
         *w_in, w_out = of_group(block.e)
-        x_RD = blocks.read(x_bits, block, dtype)
-        h_RF = _hidden(activation, *(blocks.dot(x_RD, w) for w in w_in)).astype(dtype)
-        return blocks.write(y_bits, blocks.dot(h_RF, w_out).astype(dtype), block)
+
+        def product(x_RD):
+            h_RF = _hidden(activation, *(blocks.dot(x_RD, w) for w in w_in)).astype(dtype)
+            return blocks.dot(h_RF, w_out).astype(dtype), ()
+
+        y_RD, _ = blocks.trimmed(product, block, blocks.read(x_bits, block, dtype))
+        return blocks.write(y_bits, y_RD, block)
 
     start = jnp.zeros((x_MD.shape[0], weights[-1].shape[2]), x_bits.dtype)
     return blocks.values(blocks.over(visit, start, sizes_E, x_MD.shape[0], aligned), dtype)
@@ -53,15 +57,20 @@ def _backward(activation, aligned, saved, g_MD):
     def visit(block, carry):
         dx_bits, dweights = carry
         *w_in, w_out = of_group(block.e)
-        x_RD, g_RD = blocks.read(x_bits, block, dtype), blocks.read(g_bits, block, dtype)
-        parts = [blocks.dot(x_RD, w) for w in w_in]
-        h_RF, pull = jax.vjp(functools.partial(_hidden, activation), *parts)
-        dparts = [part.astype(dtype) for part in pull(blocks.dot(g_RD, w_out, axis=1))]
-        dx_RD = sum(blocks.dot(part, w, axis=1) for part, w in zip(dparts, w_in))
-        found = [*(blocks.over_rows(x_RD, part) for part in dparts)]
-        found.append(blocks.over_rows(h_RF.astype(dtype), g_RD))
+
+        def products(x_RD, g_RD):
+            parts = [blocks.dot(x_RD, w) for w in w_in]
+            h_RF, pull = jax.vjp(functools.partial(_hidden, activation), *parts)
+            dparts = [part.astype(dtype) for part in pull(blocks.dot(g_RD, w_out, axis=1))]
+            dx_RD = sum(blocks.dot(part, w, axis=1) for part, w in zip(dparts, w_in))
+            found = [*(blocks.over_rows(x_RD, part) for part in dparts)]
+            found.append(blocks.over_rows(h_RF.astype(dtype), g_RD))
+            return dx_RD.astype(dtype), found
+
+        rows = (blocks.read(bits, block, dtype) for bits in (x_bits, g_bits))
+        dx_RD, found = blocks.trimmed(products, block, *rows)
         dweights = tuple(total.at[block.e].add(one) for total, one in zip(dweights, found))
-        return blocks.write(dx_bits, dx_RD.astype(dtype), block), dweights
+        return blocks.write(dx_bits, dx_RD, block), dweights
 
     start = (jnp.zeros_like(x_bits), tuple(jnp.zeros(w.shape, jnp.float32) for w in weights))
     dx_bits, dweights = blocks.over(visit, start, sizes_E, x_MD.shape[0], aligned)

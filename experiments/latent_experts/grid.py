@@ -3,7 +3,8 @@
 python -m effarch.train --config=experiments/latent_experts/grid.py:kind=mole8,equal=flops
 
 The width of an expert (of MoLE its rank as well, as in the paper) is the one that comes nearest to the
-plain layer's forward FLOPs a token, or to its parameters.
+plain layer's forward FLOPs a token, or to its parameters. Every matrix of a feed-forward starts with
+variance 1 / rows: of one fixed deviation, the product of a latent's matrices would start too small.
 """
 
 from effarch import config, experiment_runs, names
@@ -23,6 +24,10 @@ def get_config(arg=""):
     c.model.width, c.model.depth = WIDTH, 3
     c.model.blocks.attention.update(num_heads=2, head_dim=48)
     hidden = min(range(4, 4 * HIDDEN), key=lambda f: abs(cost(kind, equal, f) - target(equal)))
+    c.model.init_rules = tuple(
+        f"layers/*/ffn/{path} {rows**-0.5 / c.model.init_std:.4f}"
+        for path, rows in _rows(kind, hidden).items()
+    )
     if kind == "standard":
         c.model.layers = "attention/moe"
         c.model.blocks.moe.update(num_experts=EXPERTS, top_k=TOP_K, hidden=hidden)
@@ -34,6 +39,17 @@ def get_config(arg=""):
         size = int(kind.removeprefix("mole"))
         c.model.blocks.mole.update(num_experts=EXPERTS, top_k=TOP_K, hidden=hidden, group_size=size)
     return c
+
+
+def _rows(kind: str, hidden: int) -> dict[str, int]:
+    """Rows of each matrix of a feed-forward but its router's."""
+    latent = {"standard": WIDTH, "latent_moe": WIDTH // 4}.get(kind, hidden)
+    rows = {"experts/gate": latent, "experts/up": latent, "experts/down": hidden}
+    if kind == "latent_moe":
+        return rows | {"project_in/kernel": WIDTH, "project_out/kernel": latent}
+    if kind == "standard":
+        return rows
+    return rows | {"experts/latent_gate": WIDTH, "experts/latent_up": WIDTH}
 
 
 def target(equal: str) -> int:

@@ -276,6 +276,19 @@ def test_state_bytes_equal_the_compilers_arguments(config, target):
 
 
 @pytest.mark.slow
+@needs("libtpu")
+def test_an_axis_may_take_a_part_of_a_physical_one():
+    found = compiled_report(
+        "--config=moe:size=mixtral_tiny",
+        "--config.mesh.expert=8",
+        "--config.data.batch_size=64",
+        "--target=v5p:4x4x4",
+    )
+    assert found["mesh"]["expert"] == 8 and found["memory"]["fits"]
+    assert {row["kind"] for row in found["collectives"]} >= {"all-to-all"}
+
+
+@pytest.mark.slow
 @needs("jax_plugins.xla_cuda13")
 def test_a_step_compiles_for_gpus_on_two_hosts():
     found = compiled_report("--config=transformer:size=tiny", "--target=h100:1x2x4", *SMALL)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -36,7 +37,11 @@ def resolve(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
 
 
 def make(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of the given shape over the devices (default: all of them)."""
+    """A mesh of the given shape over the devices (default: all of them).
+
+    An axis may take a part of a TPU's physical axis: 8 of 4 x 4 x 4.
+    """
     sizes = tuple(shape[axis] for axis in AXES)
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))

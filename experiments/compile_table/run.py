@@ -61,7 +61,7 @@ ROWS = (  # config with overrides, target
     (f"transformer:size=1.3b {FP8}", "h100:1x1x8"),
     (f"transformer:size=1.3b {FP8}", "tpu7x:2x2x4"),
     *HYBRIDS,
-    ("moe:size=mixtral --config.mesh.expert=8", "v5p:4x4x4"),
+    ("moe:size=mixtral --config.mesh.expert=8 --config.train.accumulate=2", "v5p:4x4x4"),
     (LARGE, "v5p:16x16x16"),
 )
 
@@ -88,7 +88,7 @@ def _compile(command: str) -> dict:
         env=os.environ,
         check=False,
     )
-    if done.returncode not in (0, 1):
+    if done.returncode not in (0, 1) or not done.stdout:
         raise SystemExit(f"{command}: {done.stderr.strip()}")
     return json.loads(done.stdout)
 

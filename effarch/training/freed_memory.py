@@ -24,7 +24,7 @@ def keep() -> None:
     """
     if not sys.platform.startswith("linux") or not _on_cpu():
         return
-    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _ARENA_MAX: 1, _TOP_PAD: 64 * 2**20}
+    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _ARENA_MAX: 1, _TOP_PAD: 64 * 2**20}
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library

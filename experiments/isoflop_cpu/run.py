@@ -1,13 +1,13 @@
 """IsoFLOP curves of a transformer and a hybrid: trains what is missing, then writes.
 
-    python experiments/isoflop_cpu/run.py --seeds=1 --parallel=1
+    python experiments/isoflop_cpu/run.py --seeds=1 --layers transformer
 
 Finished runs in --runs are kept, and so are the rows of results/runs.json, so that several machines can
 share the work. Every beginning of the runs is a result: the smallest budget for both architectures, then
 the next. A run goes on where the run of the same model on the budget before began its decay
 (effarch/training/trunk.py), if its folder is there. A budget gets further widths until two lie on either
 side of the lowest loss. Seeds after the first are for the middle width of a budget, for the noise.
---write_only trains nothing.
+--write_only trains nothing. Two processes may train an architecture each in one folder of runs.
 """
 
 import argparse
@@ -32,7 +32,10 @@ COLUMNS = (*SIZES, "tokens", "flops_model", "flops_6nd", "steps", "seconds")
 
 
 def main() -> None:
-    options = experiment_runs.parser(__doc__, runs="runs/isoflop_cpu", seeds=1).parse_args()
+    flags = experiment_runs.parser(__doc__, runs="runs/isoflop_cpu", seeds=1)
+    architectures = list(grid.LAYERS)
+    flags.add_argument("--layers", nargs="+", choices=architectures, default=architectures)
+    options = flags.parse_args()
     known = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
     found = {flops: [row for row in known if row["flops"] == flops] for flops in grid.BUDGETS}
     for flops in grid.BUDGETS:
@@ -45,7 +48,7 @@ def _budget(flops: float, known: list[dict], options: argparse.Namespace) -> lis
     """The finished runs of a budget, with two widths on either side of each lowest loss."""
     widths = {
         layers: {*grid.BUDGETS[flops], *(row["width"] for row in known if row["layers"] == layers)}
-        for layers in grid.LAYERS
+        for layers in options.layers
     }
     training, rows = functools.partial(_flags, options), list(known)
     while True:
@@ -216,7 +219,8 @@ def _verdict(found: list[dict], best: dict, exponents: dict, noise: float) -> st
     if len(pairs[0]) > 1:
         told = statistics.verdict(*map(np.array, pairs), names=tuple(grid.LAYERS))
         sentences.append(f"At equal FLOPs and sizes, in bits per byte: {told}.")
-    for flops in sorted(set.intersection(*(set(x.flops) for x in best.values()))):
+    both = set.intersection(*(set(x.flops) for x in best.values())) if len(best) > 1 else set()
+    for flops in sorted(both):
         first, second = (float(x.loss[x.flops == flops][0]) for x in best.values())
         gap = second - first
         sentences.append(f"Each at its best size for {flops:.0e} FLOPs: hybrid {gap:+.4f}.")

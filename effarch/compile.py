@@ -111,6 +111,8 @@ def _quiet_compilers() -> None:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is loaded from it cannot be read
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # any that exists: the target is named apart from it
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened: several compiles may run at once
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",

@@ -171,6 +171,7 @@ class Setup:
             in_shardings=(self.shardings, self.layout.sharding(step_lib.BATCH_AXES), None),
             out_shardings=(self.shardings, self.layout.sharding(())),
             donate_argnums=0,
+            compiler_options=partitioner.options(self.layout.mesh),
         )
 
     def _frozen(self):

@@ -44,7 +44,7 @@ def gated_delta_rule(
     for the fastest. The Pallas kernels multiply bfloat16 inputs in one pass (errors of 3e-3, or 2e-2
     where keys are alike; "pallas_tpu_precise": 7e-3, for 1.4 times the bundles of the forward). On a TPU
     float32 inputs keep their digits, and a channel's decay below 2^-30 a token counts as 2^-30.
-    "pallas_gpu" takes bfloat16 inputs and heads of at most 128, and leaves the rest to xla.
+    "pallas_gpu" takes bfloat16 inputs and keys of at most 128, and leaves the rest to xla.
     """
     q, k, v, beta = (jnp.asarray(x) for x in (q, k, v, beta))
     g, initial_state, segment_ids = (

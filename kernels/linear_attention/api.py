@@ -42,7 +42,7 @@ def linear_attention(
     chunk_size: tokens that the chunked backends treat at once, None for the device's best.
     backend: "xla", "reference" (also for forward-mode derivatives), "pallas_tpu", "pallas_gpu" or None
     for the fastest. The Pallas kernels multiply bfloat16 inputs in one pass; on a TPU float32 inputs
-    keep their digits. "pallas_gpu" takes bfloat16 inputs and heads of at most 128, and leaves the rest
+    keep their digits. "pallas_gpu" takes bfloat16 inputs and keys of at most 128, and leaves the rest
     to xla.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))

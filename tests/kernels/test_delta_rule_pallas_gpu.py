@@ -57,7 +57,7 @@ def test_another_platform_is_refused(trial):
 def test_what_the_kernels_do_not_treat_is_refused(trial):
     q, k, v, beta, g, _ = trial.inputs("random")
     wide = np.zeros((*q.shape[:3], 200), np.float32)
-    with pytest.raises(dispatch.Unsupported, match="heads of 200 and 40 are wider than 128"):
+    with pytest.raises(dispatch.Unsupported, match="heads of 200 keys are wider than 128"):
         trial.kernel(wide, wide, v, beta, g)
     with jax.enable_x64(True), pytest.raises(dispatch.Unsupported, match="float64"):
         trial.kernel(*(np.float64(x) for x in (q, k, v, beta, g)))
@@ -71,6 +71,12 @@ def test_what_the_kernels_do_not_treat_is_refused(trial):
 )
 def test_other_sizes_without_documents(trial, sizes, chunk, gate):
     trial.check_sizes(sizes, chunk, gate)
+
+
+@pytest.mark.parametrize("gate", ["head", pytest.param("channel", marks=pytest.mark.slow)])
+def test_values_wider_than_the_kernels_become_heads(trial, gate):
+    inputs = trial.inputs("random", gate, (2, 77, 1, 2, 16, 149))
+    trial.assert_close(trial.packed(*inputs), trial.judge(inputs), 1e-5)
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_what_the_kernels_do_not_treat_is_refused():
     with pytest.raises(dispatch.Unsupported, match=r"'pallas_gpu'.*runs on GPUs.* for cpu"):
         linear_attention(*inputs, backend="pallas_gpu")
     wide = np.zeros((B, T, H, 200), np.float32)
-    with pytest.raises(dispatch.Unsupported, match="heads of 200 and 40 are wider than 128"):
+    with pytest.raises(dispatch.Unsupported, match="heads of 200 keys are wider than 128"):
         on_gpu(wide, wide, *inputs[2:])
     with jax.enable_x64(True), pytest.raises(dispatch.Unsupported, match="float64"):
         on_gpu(*(np.float64(x) for x in inputs))

@@ -74,6 +74,9 @@ def run(
     and v [B,T,HV,V], all bfloat16 or all float32; beta [B,HV,T] and g [B,HV,T] or [B,T,HV,K], float32.
     """
     _check(q, k, v, scale, interpret)
+    if v.shape[-1] > WIDEST_HEAD:
+        options = dict(scale=scale, segment_ids=segment_ids, chunk_size=chunk_size)
+        return _in_pieces(chunked, q, k, v, beta, g, initial_state, interpret=interpret, **options)
     batch, length, heads, width = q.shape
     value_heads, value_width = v.shape[2:]
     plan = Plan(
@@ -112,6 +115,33 @@ def run(
     o = o[:, :length, :, :value_width]
     o = o if is_real is None else rows.keep(o, is_real)
     return o.astype(out_dtype), final[:, :, :width, :value_width]
+
+
+def _in_pieces(chunked, q, k, v, beta, g, initial, **options):
+    """`run` where values are wider than the kernels': their channels never meet, so that a head becomes
+    several that read one key head."""
+    *_, heads, width = v.shape
+    pieces = -(-width // WIDEST_HEAD)
+    own = -(-width // pieces)
+
+    def cut(x):  # [..., width] -> [..., pieces, own]
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pieces * own - width)])
+        return x.reshape(*x.shape[:-1], pieces, own)
+
+    def of_each(x):
+        return None if x is None else jnp.repeat(x, pieces, axis=2)
+
+    if initial is not None:
+        initial = cut(initial).swapaxes(2, 3).reshape(len(v), heads * pieces, -1, own)
+    o, final = run(
+        *(chunked, q, k, cut(v).reshape(*v.shape[:2], heads * pieces, own)),
+        *(of_each(beta), of_each(g)),
+        initial_state=initial,
+        **options,
+    )
+    o = o.reshape(*o.shape[:2], heads, -1)[..., :width]
+    final = final.reshape(len(v), heads, pieces, -1, own).swapaxes(2, 3)
+    return o, final.reshape(*final.shape[:3], -1)[..., :width]
 
 
 def factors(g: jax.Array | None, docs: jax.Array | None, like: jax.Array, plan: Plan) -> Factors:
@@ -176,10 +206,8 @@ def _check(q, k, v, scale, interpret):
         raise dispatch.Unsupported(
             "q, k and v must be bfloat16: float32 products would leave the matrix unit"
         )
-    if max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD:
-        raise dispatch.Unsupported(
-            f"heads of {q.shape[-1]} and {v.shape[-1]} are wider than {WIDEST_HEAD}"
-        )
+    if q.shape[-1] > WIDEST_HEAD:
+        raise dispatch.Unsupported(f"heads of {q.shape[-1]} keys are wider than {WIDEST_HEAD}")
     if isinstance(scale, jax.core.Tracer):
         raise dispatch.Unsupported("scale is a traced value; it must be a number")
 

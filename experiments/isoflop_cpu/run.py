@@ -3,8 +3,8 @@
     python experiments/isoflop_cpu/run.py --seeds=1 --layers transformer
 
 Finished runs in --runs are kept, and so are the rows of results/runs.json, so that several machines can
-share the work. Every beginning of the runs is a result: the smallest budget for both architectures, then
-the next. A run goes on where the run of the same model on the budget before began its decay
+share the work. Every run is written when it is finished: the smallest budget first, of each its middle
+widths. A run goes on where the run of the same model on the budget before began its decay
 (effarch/training/trunk.py), if its folder is there. A budget gets further widths until two lie on either
 side of the lowest loss. Seeds after the first are for the middle width of a budget, for the noise.
 --write_only trains nothing. Two processes may train an architecture each in one folder of runs.
@@ -12,9 +12,12 @@ side of the lowest loss. Seeds after the first are for the middle width of a bud
 
 import argparse
 import functools
+import itertools
 import json
+import math
 import pathlib
 
+import filelock
 import grid
 import numpy as np
 
@@ -36,40 +39,47 @@ def main() -> None:
     architectures = list(grid.LAYERS)
     flags.add_argument("--layers", nargs="+", choices=architectures, default=architectures)
     options = flags.parse_args()
-    known = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
-    found = {flops: [row for row in known if row["flops"] == flops] for flops in grid.BUDGETS}
     for flops in grid.BUDGETS:
-        found[flops] = _budget(flops, found[flops], options)
-        if any(found.values()):
-            _write([row for rows in found.values() for row in rows])
+        while missing := _missing(flops, options):
+            at_once = len(missing) if options.write_only else options.parallel
+            if not (rows := _finished(dict(itertools.islice(missing.items(), at_once)), options)):
+                break
+            _write(rows, options)
+    _write([], options)
 
 
-def _budget(flops: float, known: list[dict], options: argparse.Namespace) -> list[dict]:
-    """The finished runs of a budget, with two widths on either side of each lowest loss."""
-    widths = {
-        layers: {*grid.BUDGETS[flops], *(row["width"] for row in known if row["layers"] == layers)}
-        for layers in options.layers
-    }
-    training, rows = functools.partial(_flags, options), list(known)
-    while True:
-        names = {_name(**{field: row[field] for field in CELL}) for row in rows}
+def _known() -> list[dict]:
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+
+
+def _finished(cells: dict[str, dict], options: argparse.Namespace) -> list[dict]:
+    """Trains what is missing of these cells; a row of each that is finished."""
+    training = functools.partial(_flags, options)
+    return [
+        cell | {name: summary[name] for name in COLUMNS} | {"loss": summary["val/bits_per_byte"]}
+        for cell, _, summary in experiment_runs.finished(cells, training, options)
+    ]
+
+
+def _missing(flops: float, options: argparse.Namespace) -> dict[str, dict]:
+    """Name -> cell of a budget's runs that have no row yet, the middle width first.
+
+    Once all have one, those that put two widths on either side of each architecture's lowest loss.
+    """
+    rows = [row for row in _known() if row["flops"] == flops]
+    names = {_name(**_cell(row)) for row in rows}
+    planned = {layers: set(grid.BUDGETS[flops]) for layers in options.layers}
+    further = {layers: _further(rows, layers, planned[layers]) for layers in options.layers}
+    found = {}
+    for widths in (planned, further):
         cells = {_name(**cell): cell for cell in _cells(flops, widths, options.seeds)}
-        missing = {name: cell for name, cell in cells.items() if name not in names}
-        rows += [
-            cell
-            | {name: summary[name] for name in COLUMNS}
-            | {"loss": summary["val/bits_per_byte"]}
-            for cell, _, summary in experiment_runs.finished(missing, training, options)
-        ]
-        further = {layers: _further(rows, layers, widths[layers]) for layers in widths}
-        if not any(further.values()):
-            return rows
-        widths = {layers: widths[layers] | further[layers] for layers in widths}
+        found = found or {name: cell for name, cell in cells.items() if name not in names}
+    return found
 
 
 def _cells(flops: float, widths: dict[str, set[int]], seeds: int) -> list[dict]:
-    order = sorted(set.union(*widths.values()))
     middle = grid.BUDGETS[flops][len(grid.BUDGETS[flops]) // 2]
+    order = sorted(set.union(*widths.values()), key=lambda width: abs(math.log(width / middle)))
     return [
         {"layers": layers, "width": width, "flops": flops, "seed": seed}
         for seed in range(seeds)
@@ -79,13 +89,17 @@ def _cells(flops: float, widths: dict[str, set[int]], seeds: int) -> list[dict]:
     ]
 
 
-def _further(rows: list[dict], layers: str, widths: set[int]) -> set[int]:
-    """Widths within two places of the lowest loss that are missing, once all others are finished."""
+def _further(rows: list[dict], layers: str, planned: set[int]) -> set[int]:
+    """Widths within two places of the lowest loss, once all that were planned are finished."""
     losses = {r["width"]: r["loss"] for r in rows if r["layers"] == layers and not r["seed"]}
-    if losses.keys() != widths:
+    if planned - losses.keys():
         return set()
     place = grid.WIDTHS.index(min(losses, key=losses.get))
-    return set(grid.WIDTHS[max(place - 2, 0) : place + 3]) - widths
+    return set(grid.WIDTHS[max(place - 2, 0) : place + 3])
+
+
+def _cell(row: dict) -> dict:
+    return {field: row[field] for field in CELL}
 
 
 def _name(layers: str, width: int, flops: float, seed: int) -> str:
@@ -157,7 +171,17 @@ def _exponents(runs: tables.Table, noise: float) -> dict[str, list[float]]:
     return found
 
 
-def _write(found: list[dict]) -> None:
+def _write(rows: list[dict], options: argparse.Namespace) -> None:
+    """Adds rows to those that this and other processes wrote, and makes the pages anew."""
+    options.runs.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(options.runs / ".results.lock"):
+        merged = {_name(**_cell(row)): row for row in [*_known(), *rows]}
+        if merged:
+            order = ("flops", "width", "seed", "layers")
+            _make(sorted(merged.values(), key=lambda row: [row[field] for field in order]))
+
+
+def _make(found: list[dict]) -> None:
     noise, readme = _noise(found), HERE / "README.md"
     runs = {layers: _means(found, layers) for layers in grid.LAYERS}
     runs = {layers: table for layers, table in runs.items() if tables.num_rows(table)}

@@ -162,7 +162,7 @@ def _help(usage: str) -> str:
     """The usage text and every flag of this program."""
     own = [
         flag
-        for module in ("__main__", "effarch.command_line")
+        for module in (sys.argv[0], "effarch.command_line")  # absl's name for the main module
         for flag in FLAGS.flags_by_module_dict().get(module, [])
     ]
     lines = [usage.strip(), "", "Flags:"]

@@ -46,6 +46,8 @@ def test_help_shows_examples_and_flags_without_loading_jax():
     assert "--config=configs/quickstart.py" in done.stdout
     assert "--workdir" in done.stdout
     assert "143" in done.stdout
+    flags = done.stdout.partition("Flags:")[2]
+    assert all(f"\n  --{name} " in flags for name in ("config", "print_config", "workdir"))
 
 
 def test_overrides_reach_the_printed_config():

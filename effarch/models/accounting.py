@@ -26,7 +26,8 @@ class Counts:
 
     params_total: int
     params_matmul: int
-    """Weights that do matrix work, the output head included, without the input table."""
+    """Weights that do matrix work, the output head included, without the input table and without the
+    guides of factored layers, which fade out (`layers.guide`)."""
     params_non_embedding: int
     """The same without the output head."""
     params_active: int
@@ -109,7 +110,8 @@ def _idle(block) -> int:
 def _is_matrix(info: parameters.ParamInfo) -> bool:
     if "sparse" in info.logical:  # the entries of a sparse matrix
         return True
-    return len(info.matrix_axes) == 2 and info.decay and "conv" not in info.logical
+    is_work = "conv" not in info.logical and "/guide/" not in info.path
+    return len(info.matrix_axes) >= 2 and info.decay and is_work  # 2, or a matrix for each head
 
 
 def _repeats(name: str) -> int:

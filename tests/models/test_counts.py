@@ -2,8 +2,9 @@
 
 import pytest
 
+from effarch import config as config_lib
 from effarch.configs import gated_deltanet, transformer
-from effarch.models import accounting, build
+from effarch.models import accounting, build, ffns, mixers
 
 
 def counts(config, vocab_size=32000, seq_len=4096):
@@ -59,3 +60,36 @@ def test_recurrent_layers_cost_the_same_at_any_length():
     assert short.flops_per_token == pytest.approx(
         6 * short.params_matmul + 3 * 21 * recurrence, rel=1e-12
     )
+
+
+PARTS = {
+    **{kind: (f"{kind}/none", {}) for kind in mixers.KINDS},
+    **{kind: (f"attention/{kind}", {}) for kind in ffns.KINDS},
+    "feature maps": (
+        "linear_attention/none",
+        {"blocks.linear_attention.feature_map": "hedgehog"},
+    ),
+    "shared experts": (
+        "attention/moe",
+        {"blocks.moe.num_shared": 1, "blocks.moe.shared_gate": True},
+    ),
+    "adapters": ("attention/glu", {"lora.rank": 4}),
+    "guided factors": (
+        "attention/mlp",
+        {"structured.form": "low_rank", "structured.rank": 8, "structured.guided_steps": 10},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_matrix_costs_two_flops_for_each_weight_that_a_token_meets(name):
+    """N_act and C count the same matrices; beside them a mixer's own part and its convolutions."""
+    c = config_lib.default().model
+    c.width, c.depth, (c.layers, fields) = 256, 1, PARTS[name]
+    c.update_from_flattened_dict(fields)
+    model = build.abstract(c, vocab_size=64)
+    flops = accounting.flops_by_module(model, 128)
+    own = ("layers/0/mixer", "layers/0/mixer/conv")
+    found = accounting.count(model, 128)
+    matrices = sum(value for path, value in flops.items() if path not in own)
+    assert 2 * (found.params_active - 64 * 256) == matrices

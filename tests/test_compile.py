@@ -16,6 +16,7 @@ from effarch.configs import transformer
 from effarch.models import accounting, build, ffns, mixers
 from effarch.models.context import Context
 from effarch.parallel import topologies
+from effarch.quantization import recipes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 V5P = topologies.parse("v5p:2x2x1")
@@ -176,7 +177,8 @@ def test_auto_means_what_the_target_would_choose():
 # Formula FLOPs against XLA's count.
 
 
-# XLA counts the body of a loop once, and the products of these run in a loop over groups of rows.
+# XLA counts the body of a loop once, and the products of these run in a loop over groups of rows;
+# `tests/models/test_flops_by_xla.py` compares them.
 GROUPED = ("moe", "mole", "latent_moe")
 CORE = ("attention", "gated_delta_net", "glu")
 KINDS = [
@@ -201,21 +203,47 @@ def test_formula_flops_of_two_unrolled_periods(kind):
     assert gradient_flops(model, rows, length) == pytest.approx(formula, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        kind if kind == "fp8_current" else pytest.param(kind, marks=[pytest.mark.slow])
+        for kind in recipes.KINDS
+        if kind != "none"
+    ],
+)
+def test_formula_flops_of_recipes(recipe):
+    """A recipe does the products of the plain layer: so wide, with so many tokens, that what rounds and
+    rotates the numbers is below 1 %."""
+    config = config_lib.default()
+    config.model.width, config.model.depth, config.model.layers = 16384, 1, "attention/glu"
+    config.model.blocks.attention.num_heads, config.model.dtype = 128, "bfloat16"
+    plain = build.abstract(config.model, vocab_size=64)
+    config.quantization.recipe = recipe
+    rounded = build.abstract(config.model, vocab_size=64, quantization=config.quantization)
+    assert rounded.layers["0"].ffn.up.quantizer is not None
+    found, same = (accounting.count(model, 128) for model in (rounded, plain))
+    assert found.flops_per_token == same.flops_per_token
+    assert found.params_active == same.params_active
+    formula = found.flops_per_token * 512 * 128
+    assert gradient_flops(rounded, 512, 128) == pytest.approx(formula, rel=0.01)
+
+
 def gradient_flops(model, rows: int, length: int) -> float:
     """XLA's count for loss and gradients; traced and lowered only, so width costs nothing."""
     from flax import nnx
 
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def loss(params, rest, batch):
-        total, _, _ = nnx.merge(graphdef, params, rest).loss(batch, Context())
+    def loss(params, rest, batch, key):
+        total, _, _ = nnx.merge(graphdef, params, rest).loss(batch, Context(key=key))
         return total
 
     batch = {
         name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in plan.BATCH.items()
     }
     states = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-    lowered = jax.jit(jax.grad(loss)).lower(*states, batch)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    lowered = jax.jit(jax.grad(loss)).lower(*states, batch, key)
     return lowered.cost_analysis()["flops"]
 
 

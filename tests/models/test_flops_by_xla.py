@@ -1,4 +1,4 @@
-"""What a mixer costs beside its matrices, against XLA's own count of an unfused program.
+"""Mixers beside their matrices, and experts, against XLA's own count of an unfused program.
 
 `tests/test_compile.py` compares whole models, where matrices are nearly all. Here widths are small
 and heads wide: recurrences and scores are 30 to 60 % of the count, so that a wrong one shows.
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from effarch.models import mixers
+from effarch.models import ffns, mixers
 from effarch.models.context import Context
 
 WIDTH, LENGTH = 96, 128
@@ -74,3 +74,41 @@ def test_a_row_of_softmax_attention(kind):
     whole = LENGTH * formula(mixer, LENGTH) + masked
     assert 0.3 * whole < 2 * masked
     assert counted(mixer, LENGTH) == pytest.approx(whole, rel=rest)
+
+
+EXPERTS, GROUP, TOP_K, WIDE = 8, 4, 2, 512
+LATENT = WIDE // 4
+PRODUCTS = {  # FLOPs of a token in its experts, and of those in what experts of a group share
+    "moe": (6 * WIDE * WIDE * TOP_K, 0),
+    "mole": ((4 * LATENT * WIDE + 2 * WIDE * WIDE) * TOP_K, 4 * WIDE * LATENT * 2),
+    "latent_moe": (6 * LATENT * WIDE * TOP_K, 0),
+}
+
+
+def counted_with_gradients(ffn, batch: int, length: int) -> float:
+    """XLA's count for an ffn's output and the gradients of its parameters and inputs."""
+    graphdef, params, rest = nnx.split(ffn, nnx.Param, ...)
+
+    def loss(params, x, rest):
+        return jnp.sum(nnx.merge(graphdef, params, rest)(x, Context(train=False))[0])
+
+    x = jax.ShapeDtypeStruct((batch, length, WIDE), jnp.bfloat16)
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    return both.lower(params, x, rest).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_a_token_of_a_mixture_of_experts(kind):
+    """The reference multiplies each row by all matrices, those of E experts or of the groups.
+
+    XLA counts a loop over rows once, so the other backends cannot be compared.
+    """
+    options = dict(num_experts=EXPERTS, top_k=TOP_K, num_shared=1, backend="reference")
+    options |= dict(group_size=GROUP, latent=LATENT) if kind == "mole" else {}
+    ffn = nnx.eval_shape(
+        lambda: ffns.KINDS[kind](WIDE, **options, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    )
+    of_experts, of_groups = PRODUCTS[kind]
+    more = (EXPERTS - 1) * of_experts + (EXPERTS // GROUP - 1) * of_groups
+    want = 3 * 4 * 128 * (formula(ffn, 128) + more)
+    assert counted_with_gradients(ffn, 4, 128) == pytest.approx(want, rel=0.02)

@@ -50,7 +50,10 @@ class Run:
 
 
 def get_sweep(path: str, arg: str) -> list[dict[str, Any]]:
-    """What `get_sweep(arg)` of a config file returns. Raises ValueError if it has none."""
+    """What `get_sweep(arg)` of a config file, or `get_sweep()` without an arg, returns.
+
+    Raises ValueError if there is none, or if it returns anything but a list of dicts.
+    """
     spec = importlib.util.spec_from_file_location("_effarch_sweep", path)
     module = importlib.util.module_from_spec(spec) if spec else None
     if module is not None:
@@ -59,7 +62,14 @@ def get_sweep(path: str, arg: str) -> list[dict[str, Any]]:
         raise ValueError(
             f"--config={path} has no get_sweep(arg); write one with effarch.sweeps, see there."
         )
-    return module.get_sweep(arg)
+    found = module.get_sweep(arg) if arg else module.get_sweep()
+    try:
+        return [dict(overrides) for overrides in found]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--config={path}: get_sweep() must return a list of dicts of overrides, as sweeps.product "
+            f"does, not {found!r:.80}."
+        ) from error
 
 
 def runs(
@@ -108,7 +118,8 @@ def apply(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
         section = changed
         for name in sections:
             section = _get(section, name, field)
-        _get(section, last, field)
+        if isinstance(_get(section, last, field), ConfigDict):
+            raise ValueError(f"get_sweep(): {field} is a section; set its fields, as {field}.NAME.")
         try:
             section[last] = _plain(value)
         except (TypeError, ValueError) as error:

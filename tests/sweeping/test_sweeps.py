@@ -83,6 +83,7 @@ def test_values_take_the_type_of_their_field(base, tmp_path):
         ({"model.width.x": 3}, r"model\.width\.x is not a config field"),
         ({"seed": "one"}, "seed='one' has the wrong type"),
         ({"model.width": 0}, r"model\.width=0 must be above 0"),
+        ({"model": {"width": 1}}, r"model is a section; set its fields, as model\.NAME"),
         ({"train.num_steps": 5}, r"--config\.train\.num_steps is also set"),
     ],
 )
@@ -95,6 +96,12 @@ def test_a_sweep_is_read_from_the_file_of_its_config(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def get_sweep(arg=''):\n    return [{'seed': int(arg)}]\n")
     assert plan.get_sweep(str(path), "7") == [{"seed": 7}]
+    path.write_text("def get_sweep():\n    return ({'seed': n} for n in (1, 2))\n")
+    assert plan.get_sweep(str(path), "") == [{"seed": 1}, {"seed": 2}]
+    for mistake in ("{'seed': [1, 2]}", "None", "['seed']"):
+        path.write_text(f"def get_sweep():\n    return {mistake}\n")
+        with pytest.raises(ValueError, match=r"must return a list of dicts of overrides, .*, not "):
+            plan.get_sweep(str(path), "")
     path.write_text("")
     with pytest.raises(ValueError, match=r"mine\.py has no get_sweep"):
         plan.get_sweep(str(path), "")

@@ -5,12 +5,15 @@ from typing import Any
 
 import rich.live
 import rich.table
+import rich.text
 
 from effarch.sweeping import status
 from effarch.sweeping.plan import Run
 from effarch.training import formatting, progress
 
 _STYLES = {status.FINISHED: "green", status.FAILED: "red", status.RUNNING: "bold"}
+_OTHER_LINES = 3
+"""Of the table: its head, the caption, and the cursor's."""
 _VERBATIM = {"markup": False, "highlight": False, "emoji": False, "soft_wrap": True}
 
 
@@ -39,8 +42,10 @@ class Display:
         if self._live:
             self._live.update(self._table(active), refresh=True)
 
-    def start(self, *, finished: int) -> None:
-        self._note(f"sweep of {len(self._runs)} runs, {finished} of them settled before")
+    def start(self, finished: int, failed: int) -> None:
+        hint = f"; {failed} of these failed, --retry_failed runs them again" if failed else ""
+        settled = finished + failed
+        self._note(f"sweep of {len(self._runs)} runs, {settled} of them settled before{hint}")
 
     def started(self, run: Run, *, resumed: bool) -> None:
         self._note(f"{run.name} {'resumed' if resumed else 'started'}  {describe(run)}")
@@ -65,12 +70,16 @@ class Display:
         for name in ("run", "status", "changes", "step", "loss", "val loss", "bits/byte", "time"):
             table.add_column(name, no_wrap=name != "changes", overflow="ellipsis")
         counts: dict[str, int] = {}
+        rows = []
         for run in self._runs:
             cells = self._settled.get(run.name) or _cells(run, active)
             if cells[1] in (status.FINISHED, status.FAILED):
                 self._settled[run.name] = cells  # Its files need not be read again.
             counts[cells[1]] = counts.get(cells[1], 0) + 1
-            table.add_row(*cells, style=_STYLES.get(cells[1]))
+            rows.append(cells)
+        for cells in _fitting(rows, self._console.height - _OTHER_LINES):
+            line = [rich.text.Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells]
+            table.add_row(*line, style=_STYLES.get(cells[1]))
         table.caption = ", ".join(f"{count} {name}" for name, count in counts.items())
         return table
 
@@ -86,6 +95,11 @@ def describe(run: Run, *, without: Sequence[str] = ()) -> str:
     )
 
 
+def outcome(run: Run, state: str) -> str:
+    """What the sweep set and, of a failed run, the last line that it wrote."""
+    return f"{describe(run)}: {status.reason(run)}" if state == status.FAILED else describe(run)
+
+
 def _short_name(field: str, fields: Iterable[str]) -> str:
     parts = field.split(".")
     for length in range(1, len(parts)):
@@ -93,6 +107,20 @@ def _short_name(field: str, fields: Iterable[str]) -> str:
         if sum(f".{other}".endswith(f".{ending}") for other in fields) == 1:
             return ending
     return field
+
+
+def _fitting(rows: list[list[str]], room: int) -> list[list[str]]:
+    """The rows that a terminal has room for: at work, then failed, lately finished, and next ones."""
+    order = (status.RUNNING, status.FAILED, status.FINISHED)
+
+    def urgency(index: int) -> tuple[int, int]:
+        state = rows[index][1]
+        if state in order:
+            return order.index(state), -index
+        return len(order), index
+
+    chosen = sorted(range(len(rows)), key=urgency)[: max(room, 1)]
+    return [rows[index] for index in sorted(chosen)]
 
 
 def figure(value: Any) -> str:
@@ -106,7 +134,7 @@ def _cells(run: Run, active: set[str]) -> list[str]:
     return [
         run.name,
         state,
-        status.reason(run) if state == status.FAILED else describe(run),
+        outcome(run, state),
         f"{record.get('step', 0):,}/{run.config.train.num_steps:,}",
         figure(record.get("loss")),
         figure(summary.get("val/loss")),

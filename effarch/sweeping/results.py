@@ -68,7 +68,8 @@ def dry_run(runs: Sequence[Run], *, target: str | None = None) -> str:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """What the runs reached, a line each: state, time and every figure of their last validation."""
+    """What the runs reached, a line each: state, time, every figure of the last validation, and what
+    the sweep set or, of a failed run, what it said last."""
     summaries = {run.name: status.summary(run) if status.finished(run) else {} for run in runs}
     figures = [
         f"val/{name}"
@@ -76,12 +77,13 @@ def table(runs: Sequence[Run]) -> str:
         if any(f"val/{name}" in summary for summary in summaries.values())
     ]
     names = [name.removeprefix("val/").replace("_", " ") for name in figures]
-    lines = [["run", "status", "time", *names]]
+    lines = [["run", "status", "time", *names, "changes"]]
     for run in runs:
         summary = summaries[run.name]
+        state = status.of(run)
         seconds = formatting.duration(summary["seconds"]) if summary else ""
         values = [display.figure(summary[name]) if name in summary else "" for name in figures]
-        lines.append([run.name, status.of(run), seconds, *values])
+        lines.append([run.name, state, seconds, *values, display.outcome(run, state)])
     return _aligned(lines)
 
 

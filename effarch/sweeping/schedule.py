@@ -37,6 +37,7 @@ class Sweep:
             run for run in runs if status.of(run) not in (status.FINISHED, status.FAILED)
         ]
         self._active: dict[str, tuple[Run, launchers.Job, int]] = {}
+        self._outlived: list[Run] = []
         self._signal: int | None = None
 
     def run(self) -> int:
@@ -47,8 +48,10 @@ class Sweep:
         before = {number: signal.signal(number, self._ask) for number in INTERRUPTED}
         try:
             with self.shown:
-                self.shown.start(finished=len(self.runs) - len(self._waiting))
+                states = [status.of(run) for run in self.runs]
+                self.shown.start(*map(states.count, (status.FINISHED, status.FAILED)))
                 self._adopt()
+                self._outlived = [run for run in self._waiting if status.held(run)]
                 told_to_stop = False
                 while self._active or (self._waiting and self._signal is None):
                     self._settle()
@@ -84,14 +87,16 @@ class Sweep:
                 self._active[run.name] = (run, job, _step(run))
 
     def _start(self) -> None:
-        """Gives free places to runs that nobody works on."""
+        """Gives free places to runs that nobody works on; processes of an earlier sweep hold theirs."""
+        self._outlived = [run for run in self._outlived if status.held(run)]
         for run in list(self._waiting):
-            if len(self._active) >= self.launcher.capacity or self._signal is not None:
+            taken = len(self._active) + len(self._outlived)
+            if taken >= self.launcher.capacity or self._signal is not None:
                 return
             if run.trunk and status.of(run.trunk) not in (status.FINISHED, status.FAILED):
                 continue
             now = status.of(run)
-            if now == status.RUNNING:  # By a process that outlived an earlier sweep.
+            if now == status.RUNNING:  # By one of those processes.
                 continue
             self._waiting.remove(run)
             if now == status.FINISHED:

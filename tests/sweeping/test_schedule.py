@@ -1,6 +1,7 @@
 """The scheduler with processes that only pretend to train: what is started, skipped, kept apart."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 
 import filelock
 import pytest
+import rich.console
 
 from effarch import config
 from effarch.sweeping import display, plan, results, schedule, status
@@ -59,7 +61,7 @@ class Pretender:
     def __init__(self, runs, codes, *, polls=2):
         self.by_name = {run.name: run for run in runs}
         self.codes, self.polls = codes, polls
-        self.started, self.most, self.jobs, self.known = [], 0, [], {}
+        self.started, self.beside, self.jobs, self.known = [], [], [], {}
 
     def start(self, name, command, log):
         run = self.by_name[name]
@@ -77,7 +79,7 @@ class Pretender:
             (run.folder / "metrics.jsonl").write_text('{"step": 8, "kind": "train", "loss": 3.0}\n')
         self.jobs.append(Job(code, self.polls))
         running = [job for job in self.jobs if job.polls > 0]
-        self.most = max(self.most, len(running))
+        self.beside.append(len(running) - 1)
         return self.jobs[-1]
 
     def attach(self, id, log):
@@ -93,7 +95,7 @@ def test_finished_runs_are_skipped_and_the_others_share_the_places(runs):
     launcher = Pretender(runs, {})
     assert sweep(runs, launcher) == 0
     assert launcher.started == [0, 2, 3]
-    assert launcher.most == 2
+    assert max(launcher.beside) == 1
     again = Pretender(runs, {})
     assert sweep(runs, again) == 0
     assert again.started == []
@@ -142,18 +144,22 @@ def test_a_run_that_another_process_trains_is_waited_for(runs):
     lock = filelock.FileLock(runs[0].folder / ".lock", thread_local=False)
     lock.acquire()
 
+    launcher = Pretender(runs, {})
+
     def end():
-        time.sleep(0.2)
+        deadline = time.monotonic() + 30
+        while len(launcher.started) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
         finish(runs[0])
         lock.release()
 
     thread = threading.Thread(target=end)
     thread.start()
-    launcher = Pretender(runs, {})
     assert status.of(runs[0]) == status.RUNNING
     assert sweep(runs, launcher) == 0
     thread.join()
     assert sorted(launcher.started) == [1, 2, 3]
+    assert launcher.beside[:2] == [0, 0]  # two at a time, that process among them
 
 
 def test_jobs_that_a_cluster_still_has_are_taken_over(runs):
@@ -194,6 +200,30 @@ def test_results_and_display(runs, tmp_path, capsys):
     assert rows[2]["val/loss"] == ""
     table = display.Display(runs)._table({runs[3].name})
     assert table.caption == "2 finished, 1 failed, 1 running"
+    lines = results.table(runs).splitlines()
+    assert lines[0].endswith("  changes") and lines[1].endswith("  seed=0")
+    assert lines[3].endswith("  seed=2: error: seed 2")
+    sweep(runs, Pretender(runs, {}))
+    assert "1 of these failed, --retry_failed runs them again" in capsys.readouterr().err
+
+
+def test_a_sweep_longer_than_the_terminal_shows_what_is_at_work(base, tmp_path):
+    """Twelve runs on nine lines: six rows, the one that runs and the one that failed among them."""
+    runs = plan.runs(base, [{"seed": seed} for seed in range(12)], tmp_path)
+    for run in runs[:7]:
+        finish(run)
+    runs[0].folder.joinpath(run_folder.SUMMARY).unlink()
+    runs[0].failure.parent.mkdir()
+    runs[0].failure.write_text(f"error: {'long ' * 100}\n")
+    console = rich.console.Console(
+        file=io.StringIO(), force_terminal=True, width=100, height=9, color_system=None
+    )
+    console.print(display.Display(runs, console=console)._table({runs[9].name}))
+    head, *rows, caption, _ = console.file.getvalue().split("\n")
+    assert head.split()[:3] == ["run", "status", "changes"]
+    shown = [runs[seed].name for seed in (0, 3, 4, 5, 6, 9)]
+    assert [row.split()[0] for row in rows] == shown
+    assert caption.strip() == "1 failed, 6 finished, 4 new, 1 running"
 
 
 def test_short_names_of_fields(runs):

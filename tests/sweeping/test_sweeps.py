@@ -170,6 +170,6 @@ def test_the_table_has_a_line_a_run_and_every_figure(base, tmp_path):
     summary = {"status": "finished", "seconds": 75, "val/loss": 1.5, "val/accuracy": 0.25}
     run_folder.write_json(runs[0].folder / run_folder.SUMMARY, summary)
     header, first, second = (line.split() for line in results.table(runs).splitlines())
-    assert header == ["run", "status", "time", "loss", "accuracy"]
-    assert first == [runs[0].name, "finished", "1:15", "1.5000", "0.2500"]
-    assert second == [runs[1].name, "new"]
+    assert header == ["run", "status", "time", "loss", "accuracy", "changes"]
+    assert first == [runs[0].name, "finished", "1:15", "1.5000", "0.2500", "seed=1"]
+    assert second == [runs[1].name, "new", "seed=2"]

@@ -41,11 +41,22 @@ def get_sweep(arg=""):
     switches = config.parse_arg(arg, budgets="1e13", layers="attention", seeds=1)
     names.lookup(LAYERS, switches["layers"], "layers")
     rungs = [
-        rung(float(budget), factor, switches["layers"])
-        for budget in switches["budgets"].split("+")
+        rung(budget, factor, switches["layers"])
+        for budget in _budgets(switches["budgets"])
         for factor in FACTORS
     ]
     return sweeps.product(rungs, {"seed": range(switches["seeds"])})
+
+
+def _budgets(text: str) -> list[float]:
+    """`1e13+3e13` as numbers."""
+    try:
+        budgets = [float(budget) for budget in text.split("+")]
+    except ValueError:
+        budgets = []
+    if not budgets or not all(0 < budget < math.inf for budget in budgets):
+        raise ValueError(f"ladder:budgets={text} must be FLOPs above 0, such as 1e13+3e13.")
+    return budgets
 
 
 def rung(flops: float, factor: float, layers: str) -> dict:

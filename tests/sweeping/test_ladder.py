@@ -65,6 +65,12 @@ def test_an_unknown_kind_of_layers_is_refused():
         ladder.get_sweep("layers=hybird")
 
 
+@pytest.mark.parametrize("budgets", ["abc", "1e13+", "-1e13", "0", "nan", "inf"])
+def test_budgets_that_are_none_are_refused(budgets):
+    with pytest.raises(ValueError, match="must be FLOPs above 0, such as"):
+        ladder.get_sweep(f"budgets={budgets}")
+
+
 def test_dry_run_estimates_times_once_a_step(tmp_path, monkeypatch):
     """Two seeds and two lengths of one model are one compile; a model that does not fit says so."""
     base = ladder.get_config()

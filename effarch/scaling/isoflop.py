@@ -52,6 +52,22 @@ def power_law(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -
     return PowerLaw(float(np.exp(mean_y - exponent * mean_x)), float(exponent), float(se))
 
 
+def same_budgets(flops: np.ndarray, *, within: float = 0.05) -> np.ndarray:
+    """The budget of each run [runs], where runs miss theirs a little since steps are whole numbers.
+
+    Runs are of one budget if, in order of FLOPs, each has at most this share more than the one before;
+    the budget is their geometric mean.
+    """
+    flops = np.asarray(flops, np.float64)
+    order = np.argsort(flops)
+    logs = np.log(flops[order])
+    group = np.cumsum(np.diff(logs, prepend=logs[0]) > np.log1p(within))
+    means = np.bincount(group, logs) / np.bincount(group)
+    budgets = np.empty_like(flops)
+    budgets[order] = np.exp(means[group])
+    return budgets
+
+
 def vertices(
     flops: np.ndarray,
     sizes: np.ndarray,
@@ -62,7 +78,7 @@ def vertices(
 ) -> Vertices:
     """The vertex of a parabola of loss in ln N at each budget.
 
-    The three are [runs]; runs of one budget have equal `flops`.
+    The three are [runs]; runs of one budget have equal `flops` (`same_budgets`).
 
     Args:
       window: the parabola goes through the lowest run and so many neighbours on each side.

@@ -35,6 +35,19 @@ def test_vertices_and_their_power_law():
     assert found.dropped == ()
 
 
+def test_runs_that_miss_their_budget_a_little_are_of_one():
+    """As those of a ladder, whose steps are whole numbers."""
+    flops, sizes, losses = runs()
+    noise = np.random.default_rng(0).uniform(0.985, 1.015, len(flops))
+    mixed = np.random.default_rng(1).permutation(len(flops))
+    found = isoflop.same_budgets((flops * noise)[mixed])
+    assert len(np.unique(found)) == len(BUDGETS)
+    np.testing.assert_allclose(found, flops[mixed], rtol=0.015)
+    assert len(isoflop.vertices(found, sizes[mixed], losses[mixed]).size) == len(BUDGETS)
+    assert len(isoflop.vertices(flops * noise, sizes, losses).size) == 0
+    assert len(np.unique(isoflop.same_budgets(flops * noise, within=1e-6))) == len(flops)
+
+
 def test_the_order_of_the_runs_does_not_matter():
     columns = runs()
     mixed = np.random.default_rng(0).permutation(len(columns[0]))

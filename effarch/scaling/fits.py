@@ -180,7 +180,7 @@ class _Problem:
 
 
 def _output(law: Law, table: tables.Table) -> np.ndarray:
-    output = np.asarray(names.lookup(table, law.output, "column"), np.float64)
+    output = tables.numbers(table, law.output)
     for name, column in zip((law.output, *law.inputs), (output, *law.columns(table))):
         if not (column > 0).all():
             raise ValueError(
@@ -209,7 +209,7 @@ def leave_largest_out(
     held out, the mean absolute error in percent of the output and, if the law has an
     irreducible loss E, in percent of output - E.
     """
-    flops = names.lookup(table, "flops", "column")
+    flops = tables.numbers(table, "flops")
     held_out = flops >= (1 - within) * flops.max()
     fitted = fit(law, tables.take(table, ~held_out), options, num_starts=num_starts)
     largest = tables.take(table, held_out)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from effarch import names
+from effarch.scaling import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +56,11 @@ class Law:
             for name, value in zip(self.parameters, theta)
         }
 
-    def columns(self, table: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The input columns of a table, float64. Raises ValueError for one that is missing."""
-        return [np.asarray(names.lookup(table, name, "column"), np.float64) for name in self.inputs]
+    def columns(self, table: tables.Table) -> list[np.ndarray]:
+        """The input columns of a table, float64. Raises ValueError for one that is missing or text."""
+        return [tables.numbers(table, name) for name in self.inputs]
 
-    def predict(self, params: Mapping[str, float], table: Mapping[str, np.ndarray]) -> np.ndarray:
+    def predict(self, params: Mapping[str, float], table: tables.Table) -> np.ndarray:
         """The law's output for every row of a table."""
         return np.exp(self.log_output(*self.to_fitted(params), *self.columns(table)))
 

@@ -39,6 +39,14 @@ def take(table: Table, rows: np.ndarray) -> dict[str, np.ndarray]:
     return {name: column[rows] for name, column in table.items()}
 
 
+def numbers(table: Table, name: str) -> np.ndarray:
+    """A column as float64. Raises ValueError if the table lacks it or it holds text."""
+    column = names.lookup(table, name, "column")
+    if not np.issubdtype(np.asarray(column).dtype, np.number):
+        raise ValueError(f"column {name} holds text, such as {str(column[0])!r}; give numbers.")
+    return np.asarray(column, np.float64)
+
+
 def num_rows(table: Table) -> int:
     return len(next(iter(table.values())))
 

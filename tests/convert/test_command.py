@@ -27,7 +27,7 @@ def test_there_and_back(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "attention/glu" in done.stdout and "checkpoint of step 0" in done.stdout
     again = convert(f"--from={source}", f"--to={run}", "--config=quickstart")
-    assert again.returncode == 2 and "already holds step 0" in again.stderr
+    assert again.returncode == 2 and "holds a model or a run already" in again.stderr
     done = convert(f"--from={run}", f"--to={out}", "--dtype=bfloat16")
     assert done.returncode == 0, done.stderr
     assert "qwen3, bfloat16" in done.stdout
@@ -42,3 +42,7 @@ def test_a_mistake_is_one_sentence(tmp_path):
     done = convert(f"--from={tmp_path}", f"--to={tmp_path / 'run'}")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: --from={tmp_path} holds no config.json")
+    (tmp_path / "config.json").write_text("{oops")
+    done = convert(f"--from={tmp_path}", f"--to={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'config.json'} is damaged")

@@ -73,6 +73,11 @@ def test_a_model_of_ours_is_the_first_family_that_can_express_it():
         ({"rope_scaling": {"type": "longrope"}}, "'longrope' are not supported"),
         ({"hidden_activation": "gelu_new"}, "hidden_activation='gelu_new' is not one of silu"),
         ({"hidden_size": None}, "config.json has no hidden_size"),
+        ({"hidden_size": "2304"}, "hidden_size='2304' is of the wrong type"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types='chunked_attention' is not known"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported for gemma2"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "have no low_freq_factor"),
+        ({"rope_parameters": {"full_attention": {}}}, r"kinds of layers \(full_attention\)"),
     ],
 )
 def test_what_cannot_be_read_is_said(change, message):
@@ -109,6 +114,13 @@ def test_quantized_weights_and_absent_files_are_said(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.safetensors"}}')
     with pytest.raises(ValueError, match=r"not there: x\.safetensors"):
         folder.Tensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map"):
+        folder.Tensors(tmp_path)
+    for text, message in (("{", r"config\.json is damaged"), ("[1]", "holds a list, no object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            folder.read_config(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -97,6 +98,15 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
     assert "unexpected: model.layers.1.self_attn.q_proj.bias" in message
     hidden = json.loads(content)["intermediate_size"]
     assert f"model.layers.0.mlp.up_proj.weight is [3, 32], not [{hidden}, 32]" in message
+
+
+def test_layers_past_the_last_are_no_part_of_deepseek_only(tmp_path):
+    source = DATA / "model_llama"
+    content = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    shutil.copyfile(source / "model.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected: model\.layers\.1\.input_layernorm"):
+        weights.load(tmp_path)
 
 
 @pytest.mark.slow

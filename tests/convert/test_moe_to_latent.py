@@ -196,7 +196,7 @@ def test_a_run_is_converted_trained_and_used(base, tmp_path):
     np.testing.assert_allclose([sum(shares) for shares in load.values()], 1, rtol=1e-2)
     records = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(records[0]["loss"]) and "metric/latent_groups" in records[0]
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="holds a model or a run already"):
         runs.convert_run(first, second, options)
 
 

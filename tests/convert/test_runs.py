@@ -55,6 +55,8 @@ def base(tmp_path_factory):
 @pytest.mark.slow
 def test_an_imported_model_is_a_run(published, base, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
+    with pytest.raises(ValueError, match="holds a model or a run already"):
+        runs.import_run(published, published, base)
     runs.import_run(published, run, base)
     plan, state = restore.open_run(run)
     assert plan.dataset.tokenizer.document_token == 1
@@ -76,7 +78,7 @@ def test_an_imported_model_is_a_run(published, base, tmp_path):
     for name, array in theirs.items():
         np.testing.assert_array_equal(written[name], array, err_msg=name)
     assert (out / "tokenizer.json").read_text() == (published / "tokenizer.json").read_text()
-    with pytest.raises(ValueError, match="holds a model already"):
+    with pytest.raises(ValueError, match="holds a model or a run already"):
         runs.export_run(run, out)
 
 

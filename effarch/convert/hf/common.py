@@ -36,10 +36,10 @@ IGNORED = (r"rotary_emb\.inv_freq$",)
 def ignored(m: ConfigDict, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Names that are no part of the model; a tied head is written by some.
 
-    Layers past the last predict further tokens (DeepSeek-V3).
+    DEPTH in `extra` is the number of layers.
     """
-    past = rf"^model\.layers\.{m.depth}\."
-    return (*IGNORED, past, *extra, *((r"^lm_head\.weight$",) if m.tied_head else ()))
+    extra = tuple(pattern.replace("DEPTH", str(m.depth)) for pattern in extra)
+    return (*IGNORED, *extra, *((r"^lm_head\.weight$",) if m.tied_head else ()))
 
 
 def outer(m: ConfigDict, norm=mapping.same, embed: str = "embed_tokens") -> list[Rule]:

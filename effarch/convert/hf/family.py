@@ -75,7 +75,7 @@ class Family:
     read: Callable[[dict, ConfigDict], None] = _nothing
     write: Callable[[ConfigDict, dict], None] = _nothing
     ignored: tuple[str, ...] = ()
-    """Regular expressions of tensors that are no part of the model."""
+    """Regular expressions of tensors that are no part of the model; DEPTH is the number of layers."""
 
 
 def read_config(family: Family, content: dict) -> ConfigDict:
@@ -91,9 +91,20 @@ def read_config(family: Family, content: dict) -> ConfigDict:
         raise ValueError(
             f"config.json: rotary positions of type 'llama3' are not supported for {family.model_type}."
         )
+    turned = hf.get("partial_rotary_factor", 1)
+    if turned != 1 and "partial_rotary_factor" not in family.fields:
+        raise ValueError(
+            f"config.json: partial_rotary_factor={turned} is not supported for {family.model_type}; "
+            "only 1 is."
+        )
     m = config_lib.default().model
     for theirs, ours in {"vocab_size": "vocab_size", **family.fields}.items():
-        _set(m, ours, _required(hf, theirs))
+        try:
+            _set(m, ours, _required(hf, theirs))
+        except TypeError:
+            raise ValueError(
+                f"config.json: {theirs}={hf[theirs]!r} is of the wrong type; check the file."
+            ) from None
     m.layers = layer_text(family.layers(hf))
     family.read(hf, m)
     return m
@@ -211,6 +222,12 @@ def _with_flat_rope(content: dict) -> dict:
     """config.json with the fields of rotary positions at the top, as before transformers 5."""
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    nested = [name for name, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(
+            f"config.json: rope_parameters of kinds of layers ({', '.join(nested)}) are not supported; "
+            "only one set for all layers is."
+        )
     if kind not in ("default", "llama3"):
         raise ValueError(
             f"config.json: rotary positions of type {kind!r} are not supported; 'default' and 'llama3' "
@@ -220,6 +237,12 @@ def _with_flat_rope(content: dict) -> dict:
     kept = {name: value for name, value in content.items() if value is not None}
     kept |= {name: rope[name] for name in names if name in rope}
     if kind == "llama3":
+        missing = [name for name in _STRETCH_FIELDS if name not in rope]
+        if missing:
+            raise ValueError(
+                f"config.json: rotary positions of type 'llama3' have no {', '.join(missing)}; check "
+                "the file."
+            )
         kept[STRETCH] = tuple(rope[name] for name in _STRETCH_FIELDS)
     return kept
 

@@ -48,20 +48,34 @@ class Tensors:
 
 def read_config(path: pathlib.Path) -> dict:
     """config.json. Raises ValueError if there is none, or if the weights are stored quantized."""
-    try:
-        content = json.loads((path / CONFIG).read_text())
-    except FileNotFoundError:
+    if not (path / CONFIG).is_file():
         raise ValueError(
             f"{path} holds no {CONFIG}; give a folder as transformers' save_pretrained writes it."
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path / CONFIG} is damaged ({error}); fetch it again.") from None
+        )
+    content = read_json(path / CONFIG)
     if content.get("quantization_config"):
         method = content["quantization_config"].get("quant_method", "unknown")
         raise ValueError(
             f"{path / CONFIG}: quantization_config says that the weights are stored quantized "
             f"({method}); give a folder with bfloat16 or float32 weights."
         )
+    return content
+
+
+def refuse_held(target: pathlib.Path) -> None:
+    """Raises ValueError if the folder to make holds a model or a run."""
+    if (target / CONFIG).exists():
+        raise ValueError(f"--to={target} holds a model or a run already; choose another folder.")
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """The object in a JSON file. Raises ValueError if it holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{path} is damaged ({error}); fetch it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no object; fetch it again.")
     return content
 
 
@@ -120,8 +134,10 @@ def _name_shards(path: pathlib.Path, shards: list[pathlib.Path], names: list[dic
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     """The files that hold the tensors. Raises ValueError if there are none or some are missing."""
     if (path / INDEX).is_file():
-        index = json.loads((path / INDEX).read_text())
-        files = [path / name for name in sorted(set(index["weight_map"].values()))]
+        weight_map = read_json(path / INDEX).get("weight_map", {})
+        files = [path / name for name in sorted(set(weight_map.values()))]
+        if not files:
+            raise ValueError(f"{path / INDEX} has no weight_map; fetch it again.")
     else:
         files = sorted(path.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]

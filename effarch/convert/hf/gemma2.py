@@ -5,6 +5,7 @@ Norms are kept as their difference from 1; the token table is scaled by sqrt(wid
 
 from ml_collections import ConfigDict
 
+from effarch import names
 from effarch.convert.hf import common, mapping
 from effarch.convert.hf.family import Family, blocks_of
 from effarch.convert.hf.mapping import Rule
@@ -35,7 +36,8 @@ def _layers(hf: dict) -> list[str]:
         for layer in range(hf["num_hidden_layers"])
     ]
     mixers = {"sliding_attention": "local", "full_attention": "attention"}
-    return [f"{mixers[kind]}/glu" for kind in kinds]
+    field = "config.json: layer_types"
+    return [f"{names.lookup(mixers, kind, field)}/glu" for kind in kinds]
 
 
 def _read(hf: dict, m: ConfigDict) -> None:

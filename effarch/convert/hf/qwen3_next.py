@@ -8,6 +8,7 @@ merged key head by key head: `in_proj_qkvz` holds q, k, the values and the outpu
 import numpy as np
 from ml_collections import ConfigDict
 
+from effarch import names
 from effarch.convert.hf import common, mapping, qwen3
 from effarch.convert.hf.family import Family, blocks_of
 from effarch.convert.hf.mapping import Rule
@@ -117,7 +118,8 @@ def _layers(hf: dict) -> list[str]:
     mixers = {"linear_attention": _DELTA, "full_attention": _ATTENTION}
     step, dense = hf["decoder_sparse_step"], set(hf["mlp_only_layers"])
     ffns = ["glu" if n in dense or (n + 1) % step else "moe" for n in range(depth)]
-    return [f"{mixers[kind]}/{ffn}" for kind, ffn in zip(kinds, ffns)]
+    field = "config.json: layer_types"
+    return [f"{names.lookup(mixers, kind, field)}/{ffn}" for kind, ffn in zip(kinds, ffns)]
 
 
 def _read(hf: dict, m: ConfigDict) -> None:

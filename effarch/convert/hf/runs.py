@@ -1,6 +1,5 @@
 """Between folders of published models and run folders."""
 
-import json
 import pathlib
 
 import jax
@@ -25,6 +24,7 @@ def import_run(source: pathlib.Path, target: pathlib.Path, base: ConfigDict) -> 
     `base` gives everything but the model: data, optimizer, steps, recipes, adapters. The tokenizer is
     the model's own if `source` has one. Raises ValueError for what effarch cannot hold.
     """
+    folder.refuse_held(target)
     content = folder.read_config(source)
     config = config_of(content, source, target, base)
     config = config_check.finish(config, num_devices=jax.device_count())
@@ -54,8 +54,7 @@ def export_run(
 
     Adapters are merged. Raises ValueError if no family can express the model.
     """
-    if (target / folder.CONFIG).exists():
-        raise ValueError(f"--to={target} holds a model already; choose another folder.")
+    folder.refuse_held(target)
     config = run_folder.read_config(run)
     plan = planned(config)
     model = config_lib.from_json(config_lib.to_json(config)).model
@@ -87,7 +86,7 @@ def config_of(content: dict, source: pathlib.Path, target: pathlib.Path, base) -
 
 def _tokenizer_spec(content: dict, source: pathlib.Path, target: pathlib.Path) -> str:
     """`file:PATH#TOKEN`: documents begin with the model's first token, or its last if it has none."""
-    described = json.loads((source / folder.TOKENIZER).read_text())
+    described = folder.read_json(source / folder.TOKENIZER)
     added = {token["id"]: token["content"] for token in described.get("added_tokens") or ()}
     ids = [content.get("bos_token_id"), content.get("eos_token_id")]
     ids = [number[0] if isinstance(number, list) else number for number in ids]

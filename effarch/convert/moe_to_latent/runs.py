@@ -1,6 +1,5 @@
 """From a run, or the folder of a published model, to a run of the same model with MoLE layers."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -37,8 +36,7 @@ def convert_run(
     gives everything but the model; None: what the run has, or the default. Routers keep their bias and
     load. Returns the plan and `layers.arrays`' rows. Raises ValueError for what cannot be converted.
     """
-    if (target / run_folder.CONFIG).exists():
-        raise ValueError(f"--to={target} holds a run already; choose another folder.")
+    folder.refuse_held(target)
     model, config = _opened(source, target, base, step)
     wanted = layers.latent_model(config.model, options)
     config.model = wanted
@@ -58,10 +56,10 @@ def convert_run(
 
 def is_run(source: pathlib.Path) -> bool:
     """Whether a folder's config.json is that of a run. Raises ValueError if there is none."""
-    path = source / "config.json"
+    path = source / folder.CONFIG
     if not path.is_file():
         raise ValueError(f"--from={source} holds no config.json; give a model's folder or a run's.")
-    return "fingerprint" in json.loads(path.read_text())
+    return "fingerprint" in folder.read_json(path)
 
 
 def _opened(source, target, base, step):

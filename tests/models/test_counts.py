@@ -93,3 +93,24 @@ def test_a_matrix_costs_two_flops_for_each_weight_that_a_token_meets(name):
     found = accounting.count(model, 128)
     matrices = sum(value for path, value in flops.items() if path not in own)
     assert 2 * (found.params_active - 64 * 256) == matrices
+
+
+def test_a_hybrid_costs_the_sum_of_its_layers():
+    """Latent attention, a window, a recurrence, experts and a sparse ffn, however they are stacked."""
+    blocks = ["latent_attention/glu", "gated_delta_net/moe", "local/spark_ffn"]
+    c = config_lib.default().model
+    c.width, c.blocks.local = 256, config_lib.block("attention", num_heads=4, window=32)
+    names = ("params_non_embedding", "params_active", "flops_per_token", "flops_idle")
+
+    def layers(text: str, depth: int) -> dict[str, float]:
+        c.layers, c.depth = text, depth
+        found = accounting.count(build.abstract(c, vocab_size=64), 128)
+        head = {"params_active": 256 * 64, "flops_per_token": 6 * 256 * 64}
+        return {name: getattr(found, name) - head.get(name, 0) for name in names}
+
+    one, more, window = (layers(block, 1) for block in blocks)
+    repeat = f"first: {blocks[0]}; repeat: 2*{blocks[1]} + {blocks[2]}"
+    for c.scan in ("always", "never"):
+        found = layers(repeat, 8)  # the last period is cut
+        for name in names:
+            assert found[name] == pytest.approx(one[name] + 5 * more[name] + 2 * window[name]), name

@@ -220,6 +220,7 @@ class Loop:
         every = self.config.log.every_steps
         if step % every == 0 or step in (1, self.config.train.num_steps):
             values["tokens"] = step * self.plan.tokens_per_step
+            values["flops_model"] = values["tokens"] * self.plan.counts.flops_per_token
             self.writer.write(step, values | self.shown.rates())
 
     def _watch(self, step: int, values: dict[str, float]) -> None:

@@ -51,7 +51,10 @@ def _tokens(run: Run) -> Cost:
 
 
 def _flops(run: Run) -> Cost:
-    total, steps = run.summary.get("flops_model"), run.summary.get("steps")
+    recorded = series(run.train, "flops_model")
+    if len(recorded[0]):
+        return _from_zero(*recorded)
+    total, steps = run.summary.get("flops_model"), run.summary.get("steps")  # of older runs
     if not total or not steps:
         return np.empty(0), np.empty(0)
     return np.array([0.0, steps]), np.array([0.0, total])

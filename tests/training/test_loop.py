@@ -60,6 +60,7 @@ def test_a_run_learns_and_leaves_what_it_should(whole):
     assert train_lines[-1]["loss"] < train_lines[0]["loss"] - 0.1
     assert train_lines[0]["loss"] == pytest.approx(math.log(320), rel=0.05)
     assert train_lines[-1]["tokens"] == 12 * 4 * 32
+    assert train_lines[-1]["flops_model"] == plan.counts.flops_per_token * 12 * 128
     evaluations = writers.read_metrics(folder, "eval")
     assert [line["step"] for line in evaluations] == [5, 10, 12]
     last = evaluations[-1]

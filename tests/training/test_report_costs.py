@@ -43,6 +43,17 @@ def test_costs_that_are_alike_or_unknown_are_left_out(tmp_path):
     assert not drawn(first)
 
 
+def test_a_run_that_goes_on_is_compared_by_the_flops_of_its_records(tmp_path):
+    half = tmp_path / "half"
+    with writers.MetricsWriter(half, tensorboard=False) as writer:
+        for step in (1, 10, 20):
+            writer.write(step, {"loss": 1.0, "tokens": 64 * step, "flops_model": 3e9 * step})
+        for step in (5, 10, 20):
+            writer.write(step, {"loss": 1.0}, kind="eval")
+    panel = drawn(run(tmp_path / "a", 64, 0.5, 1e9), half)["model FLOPs"]
+    assert panel.curves[1].steps == pytest.approx([15e9, 30e9, 60e9])
+
+
 def test_training_losses_stand_in_where_there_are_few_validations(tmp_path):
     runs = run(tmp_path / "a", 64, 0.5, 1e9), run(tmp_path / "b", 128, 0.5, 1e9, evals=(40,))
     (panel,) = drawn(*runs).values()

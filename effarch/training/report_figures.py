@@ -20,7 +20,9 @@ _INK, _GRID = "#010203", "#040506"
 _MAX_POINTS = 1600
 _SIZE_INCHES = (5.0, 2.75)
 _FRAME = (0.15, 0.17, 0.83, 0.80)
-"""Left, bottom, width and height of the axes as parts of the figure; the same in every figure."""
+"""Left, bottom, width and height of the axes as parts of the figure; the same in most figures."""
+_TICK_CHARACTERS, _CHARACTER = 5, 0.018
+"""What the frame has room for beside the unit, and the room for each more as a part of the figure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +97,16 @@ def _finite(x, y) -> tuple[np.ndarray, np.ndarray]:
     return x[kept], y[kept]
 
 
-def figure(panel: Panel, name: str) -> str:
-    """The panel as an HTML `figure`; `name` must be its own on the page."""
+def figure(panel: Panel, name: str, *, is_named: bool = False) -> str:
+    """The panel as an HTML `figure`; `name` must be its own on the page.
+
+    `is_named`: a curve is named even if it is the only one.
+    """
     title = html.escape(panel.title)
     labels = [(curve.label, curve.colour, curve.style) for curve in panel.curves]
     labels += [(f"{label} {height:.3f}", _GRID, ":") for label, height in panel.levels]
-    legend = "" if len(labels) < 2 else "".join(_legend_entry(*entry) for entry in labels)
+    is_named = is_named or len(labels) > 1
+    legend = "".join(_legend_entry(*entry) for entry in labels) if is_named else ""
     top, highest = _top(panel), max(curve.values.max() for curve in panel.curves)
     if top < highest:
         legend += f"<span>Values up to {highest:.4g} lie above the frame.</span>"
@@ -251,6 +257,9 @@ def _dress(axes, panel: Panel) -> None:
     elif top > low:
         room = 1.0 if axes.get_yscale() == "linear" else low / top
         axes.set_ylim(low - 0.06 * room * (top - low), top + 0.06 * (top - low))
+    longest = max(len(_tick(tick)) for tick in axes.get_yticks())
+    more = _CHARACTER * max(longest - _TICK_CHARACTERS, 0)
+    axes.set_position((_FRAME[0] + more, _FRAME[1], _FRAME[2] - more, _FRAME[3]))
     axes.grid(color=_GRID, linewidth=0.6)
     axes.tick_params(length=0, pad=5)
     for side in ("top", "right", "left"):
@@ -271,11 +280,11 @@ def _top(panel: Panel) -> float:
 
 
 def _tick(value: float) -> str:
-    if value and abs(value) < 1e-3:
-        return re.sub(r"\.?0+e", "e", formatting.scientific(value))
-    if abs(value) >= 1e3:
-        return re.sub(r"(\.\d*?)0+([kMBT]?)$", r"\1\2", formatting.count(value)).replace(".k", "k")
-    return f"{value:g}"
+    """1.5k, 20B, 1e-4: without the zeros at the end."""
+    if not value or 1e-3 <= abs(value) < 1e3:
+        return f"{value:g}"
+    text = formatting.scientific(value) if abs(value) < 1 else formatting.count(value)
+    return re.sub(r"\.(?=[kMBTe]|$)", "", re.sub(r"(\.\d*?)0+(?=[kMBTe]|$)", r"\1", text))
 
 
 def _for_page(svg: str, title: str, name: str) -> str:

@@ -13,6 +13,7 @@ from effarch.training import (
     formatting,
     report_costs,
     report_figures,
+    report_layers,
     report_load,
     report_rounding,
     report_runs,
@@ -56,15 +57,24 @@ _KNOWN = {
 }
 
 
-def write_report(folders: Sequence[str | os.PathLike], out: str | os.PathLike) -> pathlib.Path:
-    """Writes the page about the runs in `folders` to the file `out` and returns its path."""
-    runs = report_runs.read_runs(folders)
+def write_report(
+    folders: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    names: Sequence[str] | None = None,
+) -> pathlib.Path:
+    """Writes the page about the runs in `folders` to the file `out` and returns its path.
+
+    `names`: what the page calls them, by default their folders.
+    """
+    runs = report_runs.read_runs(folders, names)
     title = (
         runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(r.name for r in runs)}"
     )
     body = "".join(
         (
             _head(runs),
+            _section("What differs", _difference(runs)),
             _section("Result", _verdict(runs)),
             _section("Kernels", _kernels(runs)),
             _section("Curves", _curves(runs)),
@@ -284,17 +294,18 @@ def _table(runs: Sequence[Run], rows: Sequence[Row], style: str = "") -> str:
         + "</tr>"
         for label, cells in rows
     )
-    style = f"{style} one".strip() if len(runs) == 1 else style
+    style = f"{style} {'one' if len(runs) == 1 else 'several'}".strip()
     return f'<div class="scroll"><table class="{style}">{head}<tbody>{body}</tbody></table></div>'
 
 
 def _curves(runs: Sequence[Run]) -> str:
     figures = [
-        report_figures.figure(panel, f"figure{number}")
+        report_figures.figure(panel, f"figure{number}", is_named=len(runs) > 1)
         for number, panel in enumerate(
             [
                 *report_figures.panels(runs),
                 *report_costs.panels(runs),
+                *report_layers.panels(runs),
                 *report_rounding.panels(runs),
             ]
         )
@@ -334,14 +345,19 @@ def _samples(runs: Sequence[Run]) -> str:
     return "".join(parts)
 
 
+def _difference(runs: Sequence[Run]) -> str:
+    """The config fields in which several runs differ."""
+    if len(runs) < 2 or not all(run.config for run in runs):
+        return ""
+    rows = [
+        (name, [_text(_json(value)) for value in values])
+        for name, values in report_runs.differing(runs).items()
+    ]
+    return _table(runs, rows, "fields") if rows else "<p>The configs are equal.</p>"
+
+
 def _configuration(runs: Sequence[Run]) -> str:
     parts = []
-    if len(runs) > 1 and all(run.config for run in runs):
-        rows = [
-            (name, [_text(_json(value)) for value in values])
-            for name, values in report_runs.differing(runs).items()
-        ]
-        parts.append(_table(runs, rows, "fields") if rows else "<p>The configs are equal.</p>")
     for run in runs:
         if run.config:
             label = "The whole config" if len(runs) == 1 else f"The whole config of {run.name}"

@@ -26,6 +26,8 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     found = []
     for name, (title, unit) in _FIGURES.items():
         rows: dict[str, list[tuple[float, float]]] = {}
+        if len(runs) > 1:  # A run has its colour also where others have no values.
+            rows = {run.name: [] for run in runs}
         for run in runs:
             for record in run.rounding:
                 means = _by_layer(record, name)
@@ -52,7 +54,7 @@ def _by_layer(record: Mapping, name: str) -> dict[str, float]:
 
 
 def _curve(label: str, index: int, points: Sequence[tuple[float, float]]) -> Curve:
-    steps, values = np.asarray(points, np.float64).T
+    steps, values = np.asarray(points, np.float64).reshape(-1, 2).T
     finite = np.isfinite(values)
     style = ("-", "--", "-.", ":")[index // len(report_figures.COLOURS) % 4]
     return Curve(label, report_figures.colour(index), steps[finite], values[finite], style=style)

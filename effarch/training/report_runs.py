@@ -102,19 +102,25 @@ class Run:
         return float(np.median(values)) if len(values) else None
 
 
-def read_runs(folders: Sequence[str | os.PathLike]) -> list[Run]:
-    """Reads run folders; names are folder names, with their parents where these are the same."""
+def read_runs(
+    folders: Sequence[str | os.PathLike], names: Sequence[str] | None = None
+) -> list[Run]:
+    """Reads run folders; `names` are by default theirs, with their parents where these are the same."""
     if not folders:
         raise ValueError("no run folder was given; name at least one.")
     paths = [pathlib.Path(folder) for folder in folders]
     for path in paths:
         _check(path)
+    return [_read_run(path, name) for path, name in zip(paths, names or _names(paths))]
+
+
+def _names(paths: Sequence[pathlib.Path]) -> list[str]:
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = ["/".join(path.resolve().parts[-2:]) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    return [_read_run(path, name) for path, name in zip(paths, names)]
+    return names
 
 
 def series(records: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -123,14 +123,14 @@ def of_depth(run: Opened) -> dict:
     figures = [
         _figure(
             f"What layers add: {effective} of {len(layers)} make 80 %",
-            "norm of the update / of the stream",
+            "norm of update / stream",
             "layer",
             [(name, layers, added[name]) for name in ("mixer", "ffn")],
             scale="zero",
         ),
         _figure(
             "Skipping a layer",
-            "change of the next word's probabilities",
+            "change of probabilities",
             "layer",
             [
                 ("all tokens", layers, [one["all_output"] for one in whole]),

@@ -17,12 +17,13 @@ CSS = """
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 var(--sans); -webkit-text-size-adjust: 100%;
+  font: 16px/1.5 var(--sans); -webkit-text-size-adjust: 100%; overflow-wrap: break-word;
 }
 main { max-width: 1180px; margin: 0 auto; padding: 28px 20px 40px; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 6px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 36px 0 12px; }
 h3 { font-size: 0.95rem; margin: 0; font-weight: 600; }
+section > h3 { margin: 16px 0 8px; }
 p { margin: 0 0 8px; }
 .lead { color: var(--muted); }
 .badge {
@@ -51,10 +52,11 @@ tbody th { font-weight: 400; color: var(--muted); width: 1%; white-space: nowrap
 thead th { border-bottom: 2px solid var(--line); overflow-wrap: anywhere; min-width: 130px; }
 td small { color: var(--muted); font-weight: 400; }
 td.best { font-weight: 700; color: var(--good); }
+.several th, .several td { padding: 6px 12px; font-size: 0.92em; }
 .fields th, .fields td { font-family: var(--mono); font-size: 0.85rem; overflow-wrap: anywhere; }
 .grid {
   display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr));
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr));
 }
 figure { margin: 0; padding: 14px 16px 8px; min-width: 0; }
 figcaption { margin-bottom: 6px; }
@@ -76,10 +78,15 @@ footer { margin-top: 36px; color: var(--muted); font-size: 0.85rem; }
   main { padding: 18px 12px 28px; }
   figure { padding: 12px 8px 6px; }
   figcaption { padding: 0 6px; }
-  th, td { padding: 6px 10px; }
+  th, td { padding: 6px 8px; }
   tbody th, thead th:first-child { position: sticky; left: 0; background: var(--card); }
-  tbody th { white-space: normal; min-width: 118px; }
+  tbody th { white-space: normal; min-width: 112px; }
   .one tbody th { width: 45%; }
+  .several { font-size: 0.82rem; }
+  .several td { overflow-wrap: anywhere; }
+  .several thead th { min-width: 108px; }
+  .fields th, .fields td { font-size: 0.75rem; }
+  .fields tbody th { min-width: 140px; }
   .cards { grid-template-columns: 1fr 1fr; }
   .card b { font-size: 1.2rem; }
 }

@@ -14,6 +14,7 @@ from effarch.training import formatting, progress
 _STYLES = {status.FINISHED: "green", status.FAILED: "red", status.RUNNING: "bold"}
 _OTHER_LINES = 3
 """Of the table: its head, the caption, and the cursor's."""
+_LONGEST_LABEL = 48
 _VERBATIM = {"markup": False, "highlight": False, "emoji": False, "soft_wrap": True}
 
 
@@ -93,6 +94,23 @@ def describe(run: Run, *, without: Sequence[str] = ()) -> str:
         for field, value in run.overrides.items()
         if field not in without
     )
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """What sets each run apart, for a page that compares them: `seed=1 width=256`.
+
+    Their names where that is long, or not different.
+    """
+    found = []
+    for run in runs:
+        same = [
+            field
+            for field, value in run.overrides.items()
+            if all(other.overrides.get(field) == value for other in runs)
+        ]
+        found.append(describe(run, without=same) or "base")
+    tell = len(set(found)) == len(found) > 1 and max(map(len, found)) <= _LONGEST_LABEL
+    return found if tell else [run.name for run in runs]
 
 
 def outcome(run: Run, state: str) -> str:

@@ -29,9 +29,11 @@ def write(runs: Sequence[Run], root: pathlib.Path) -> list[pathlib.Path]:
         writer.writeheader()
         writer.writerows(rows)
     written = [root / CSV]
-    finished = [run.folder for run in runs if status.finished(run)]
+    finished = [run for run in runs if status.finished(run)]
     if finished:
-        written.append(report_page.write_report(finished, root / PAGE))
+        folders = [run.folder for run in finished]
+        names = display.labels(finished)
+        written.append(report_page.write_report(folders, root / PAGE, names=names))
     return written
 
 

@@ -1,6 +1,7 @@
 """The scheduler with processes that only pretend to train: what is started, skipped, kept apart."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -198,6 +199,9 @@ def test_results_and_display(runs, tmp_path, capsys):
     assert [row["seed"] for row in rows] == ["0", "1", "2", "3"]
     assert rows[0]["val/loss"] == "2.5"
     assert rows[2]["val/loss"] == ""
+    page = (tmp_path / "report.html").read_text()
+    assert "2 runs compared" in page and "seed=0</th>" in page  # by what sets them apart
+    assert runs[0].name not in page
     table = display.Display(runs)._table({runs[3].name})
     assert table.caption == "2 finished, 1 failed, 1 running"
     lines = results.table(runs).splitlines()
@@ -224,6 +228,16 @@ def test_a_sweep_longer_than_the_terminal_shows_what_is_at_work(base, tmp_path):
     shown = [runs[seed].name for seed in (0, 3, 4, 5, 6, 9)]
     assert [row.split()[0] for row in rows] == shown
     assert caption.strip() == "1 failed, 6 finished, 4 new, 1 running"
+
+
+def test_labels_leave_out_what_is_equal_and_fall_back_to_names(runs):
+    def labels(*overrides):
+        return display.labels([dataclasses.replace(runs[0], overrides=one) for one in overrides])
+
+    assert labels({"seed": 1, "a.b": 2}, {"seed": 2, "a.b": 2}) == ["seed=1", "seed=2"]
+    assert labels({"seed": 1}, {}) == ["seed=1", "base"]
+    assert labels({"a": "x" * 60}, {}) == [runs[0].name] * 2
+    assert labels({"seed": 1}) == [runs[0].name]
 
 
 def test_short_names_of_fields(runs):

@@ -294,8 +294,8 @@ def _token_bytes(tokenizer: hf.Tokenizer, size: int) -> Iterator[bytes]:
             yield b""
         elif index in special:
             yield special[index].content.encode("utf-8")
-        elif is_byte_level and set(piece) <= _byte_of_character().keys():
-            yield bytes(_byte_of_character()[character] for character in piece)
+        elif is_byte_level and set(piece) <= byte_of_character().keys():
+            yield bytes(byte_of_character()[character] for character in piece)
         elif re.fullmatch(r"<0x[0-9A-F]{2}>", piece):  # byte fallback
             yield bytes([int(piece[3:5], 16)])
         else:
@@ -303,7 +303,7 @@ def _token_bytes(tokenizer: hf.Tokenizer, size: int) -> Iterator[bytes]:
 
 
 @functools.cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's printable stand-ins: visible Latin-1 characters are themselves, the rest 256 + n."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]

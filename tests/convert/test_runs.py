@@ -31,6 +31,7 @@ def published(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
 
 
@@ -50,6 +51,13 @@ def base(tmp_path_factory):
     c.log.tensorboard = False
     c.log.sample_prompts = ()
     return c
+
+
+def text_fields(folder):
+    """Of config.json: first and last token of a text, padding, the longest text."""
+    content = json.loads((folder / "config.json").read_text())
+    ids = [content[f"{name}_token_id"] for name in ("bos", "eos", "pad")]
+    return [*ids, content["max_position_embeddings"]]
 
 
 @pytest.mark.slow
@@ -77,7 +85,9 @@ def test_an_imported_model_is_a_run(published, base, tmp_path):
     assert written.keys() == theirs.keys()
     for name, array in theirs.items():
         np.testing.assert_array_equal(written[name], array, err_msg=name)
-    assert (out / "tokenizer.json").read_text() == (published / "tokenizer.json").read_text()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (out / name).read_text() == (published / name).read_text()
+    assert text_fields(out) == text_fields(published) == [1, 2, None, 64]
     with pytest.raises(ValueError, match="holds a model or a run already"):
         runs.export_run(run, out)
 
@@ -94,6 +104,7 @@ def test_adapters_are_trained_alone_and_merged(published, base, tmp_path):
     assert outcome.exit_code == 0 and outcome.resumes == 0
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
     runs.export_run(run, out)
+    assert text_fields(out) == [1, [2, 1], None, 64]  # documents end by token 1 in training
     theirs = safetensors.numpy.load_file(published / "model.safetensors")
     written = safetensors.numpy.load_file(out / "model.safetensors")
     layers = {name: jax.device_get(tree) for name, tree in outcome.state.params["layers"].items()}

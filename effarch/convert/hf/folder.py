@@ -16,7 +16,17 @@ import safetensors.numpy
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
-KEPT = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+KEPT = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+PUBLISHED = "published.json"
+"""In the folder of a run: the config.json that it was made of."""
+KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+"""Fields of config.json that no layer needs and users of a model do."""
 MAX_SHARD = 5 * 2**30
 """Bytes of one file."""
 

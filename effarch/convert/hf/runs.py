@@ -10,7 +10,7 @@ from effarch import config as config_lib
 from effarch import config_check
 from effarch.convert import hf
 from effarch.convert.hf import family as family_lib
-from effarch.convert.hf import folder, weights
+from effarch.convert.hf import folder, tokenizer_files, weights
 from effarch.data import tokenizers
 from effarch.models.layers import adapter
 from effarch.parallel import mesh as mesh_lib
@@ -37,6 +37,7 @@ def import_run(source: pathlib.Path, target: pathlib.Path, base: ConfigDict) -> 
     state = state._replace(params=params, model_state=model_state)
     run_folder.create(target, config, data=None)
     folder.copy_tokenizer(source, target)
+    run_folder.write_json(target / folder.PUBLISHED, content)
     with setup.open_checkpoints(plan, target) as saved:
         saved.save(0, state, {"resumes": -1, "seconds": 0.0})  # the first start is no resume
     return plan
@@ -65,7 +66,8 @@ def export_run(
     if restored is None:
         raise ValueError(f"{run} holds no checkpoint; train it first, or give another --from.")
     state = _merged(plan, restored[1]) if config.model.lora.rank else restored[1]
-    content |= _tokenizer(config, plan, run, target)
+    document = _tokenizer(config, plan, run, target)
+    content |= _texts(config, run, document, is_tuned=int(state.step) > 0)
     weights.write(target, content, model, plan.plan, state, dtype=dtype)
     return chosen.model_type
 
@@ -110,16 +112,32 @@ def _merged(plan: setup.Setup, state: state_lib.TrainState) -> state_lib.TrainSt
     return state._replace(params=nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
-def _tokenizer(config, plan: setup.Setup, run: pathlib.Path, target: pathlib.Path) -> dict:
-    """Writes the tokenizer's files; the fields of config.json that name its document token."""
+def _tokenizer(config, plan: setup.Setup, run: pathlib.Path, target: pathlib.Path) -> int | None:
+    """Writes the tokenizer's files; its document token, if there is a tokenizer."""
     spec = config.data.tokenizer
     if folder.copy_tokenizer(run, target):
         found = tokenizers.build(spec, lambda: iter(())) if spec.startswith("file:") else None
     else:
         found = getattr(plan.dataset, "tokenizer", None)
-        text = None if found is None else found.to_json()
-        if text is not None:
-            (target / folder.TOKENIZER).write_text(text)
-    if found is None:
-        return {}
-    return {"bos_token_id": found.document_token, "eos_token_id": found.document_token}
+        if found is not None:
+            tokenizer_files.write(found, target)
+    return None if found is None else found.document_token
+
+
+def _texts(config, run: pathlib.Path, document: int | None, *, is_tuned: bool) -> dict:
+    """The fields of config.json on the ends and the length of texts.
+
+    A published model keeps its own; once tuned, it ends texts by the document token as well.
+    """
+    found = {"max_position_embeddings": config.data.seq_len}
+    found |= {} if document is None else dict.fromkeys(("bos_token_id", "eos_token_id"), document)
+    if not (run / folder.PUBLISHED).is_file():
+        return found
+    published = folder.read_json(run / folder.PUBLISHED)
+    found |= {name: published[name] for name in folder.KEPT_FIELDS if name in published}
+    if is_tuned and document is not None:
+        ends = found["eos_token_id"]
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        ends = [*ends, *({document} - set(ends))]
+        found["eos_token_id"] = ends if len(ends) > 1 else document
+    return found

@@ -93,7 +93,10 @@ def _write_tables(best: dict, readme: pathlib.Path) -> None:
     text = (
         f"**Verdict.** From width {widths[0]} to {widths[-1]} the best rate moves by "
         f"{moved['mup']:+.2f} octaves in muP and by {moved['standard']:+.2f} in the standard "
-        f"parametrization; muP {'keeps' if holds else 'does not keep'} it within one octave."
+        f"parametrization; muP {'keeps' if holds else 'does not keep'} it within one octave. At width "
+        f"{widths[-1]} the best of muP is {best['mup'][widths[-1]][1]:.3f} and that of the standard "
+        f"parametrization {best['standard'][widths[-1]][1]:.3f}: a rate that transfers is not "
+        "necessarily the lowest loss that so few steps reach."
     )
     experiment_record.write_text(readme, "verdict", text)
 

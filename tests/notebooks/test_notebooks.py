@@ -1,9 +1,12 @@
 """Every notebook is stored without outputs, begins alike, and runs on a CPU in under three minutes."""
 
+import functools
 import json
 import os
 import pathlib
 import resource
+import subprocess
+import sys
 
 import nbclient
 import nbformat
@@ -22,6 +25,35 @@ def test_stored_without_outputs(path):
     assert content["cells"][0]["cell_type"] == "markdown"
     for cell in code:
         compile("".join(cell["source"]), path.name, "exec")
+
+
+_WITHOUT_EFFARCH = """
+import subprocess, sys
+sys.path.insert(0, "")
+subprocess.run = lambda command, check: print(*command[1:])
+exec(sys.argv[1])
+print(sys.path[0])
+"""
+
+
+@pytest.mark.parametrize("place", ["beside a clone", "in a clone", "alone"])
+def test_the_first_cell_installs_where_effarch_is_not(place, tmp_path):
+    """As in Colab: an interpreter that finds no effarch; pip and git are only printed."""
+    root = tmp_path / "effarch"
+    if place != "alone":
+        for name in ("effarch", "kernels", "notebooks"):
+            (root / name).mkdir(parents=True)
+    cell = "".join(_setup())
+    folder = root / "notebooks" if place == "in a clone" else tmp_path
+    command = [sys.executable, "-I", "-S", "-c", _WITHOUT_EFFARCH]
+    run = functools.partial(subprocess.run, cwd=folder, capture_output=True, text=True)
+    done = run([*command, cell])
+    wanted = [f"-m pip install -q -e {root} treescope", str(root)]
+    if place == "alone":
+        assert "write the address of effarch's repository in REPOSITORY" in done.stderr
+        done = run([*command, cell.replace('REPOSITORY = ""', 'REPOSITORY = "ADDRESS"')])
+        wanted.insert(0, "clone -q ADDRESS effarch")
+    assert done.stdout.splitlines() == wanted, done.stderr
 
 
 @pytest.mark.slow

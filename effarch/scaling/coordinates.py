@@ -1,4 +1,4 @@
-"""Coordinate checks: how large what each layer adds is, after a few steps, at several widths.
+"""Coordinate checks: how large what each mixer and ffn adds is, after a few steps, at several widths.
 
 Under a parametrization that transfers (effarch/scaling/mup.py) the sizes do not depend on the width; in
 the standard one they grow with it (arXiv 2203.03466, figure 5). Over the depth it is the change of the
@@ -22,9 +22,9 @@ from effarch.training import setup
 def record(
     config, *, steps: Sequence[int] = (1, 2, 5), vocab_size: int = 64, seed: int = 0
 ) -> dict[int, dict[str, float]]:
-    """{step: {"layers/0": mean |x|, ..., "logits": mean |x|}} of a model trained on one random batch.
+    """{step: {"layers/0/mixer": mean |x|, ..., "logits": ...}} of a model trained on one random batch.
 
-    A layer's x is what it adds to the stream, on the batch it is trained on; logits are float32.
+    x is what a mixer or ffn adds to the stream, on the batch that is trained on; logits are float32.
     """
     plan, batch = _prepared(config, vocab_size, seed)
     state, train, measure = plan.init(), plan.train_step(quantized=False), _measure(plan, sizes)
@@ -63,7 +63,7 @@ def spread(records: Sequence[dict[int, dict[str, float]]]) -> dict[tuple[int, st
 
 
 def sizes(model: language_model.LanguageModel, tokens_BT: jax.Array) -> dict[str, jax.Array]:
-    """Mean magnitude of what each layer adds to the stream, and of the logits."""
+    """Mean magnitude of what each mixer and each ffn adds to the stream, and of the logits."""
     ctx = Context(train=False)
     x_BTD = model.embed(tokens_BT, ctx)
     found = {}
@@ -73,13 +73,23 @@ def sizes(model: language_model.LanguageModel, tokens_BT: jax.Array) -> dict[str
             for name in run:
                 graphdef, state = split[name]
                 one = jax.tree.map(lambda leaf: leaf[repeat], nnx.to_pure_dict(state))  # noqa: B023
-                y_BTD, _, _ = nnx.merge(graphdef, one)(x_BTD, ctx, None)
                 layer = parameters.stack_layers(name)[repeat]
-                found[f"layers/{layer}"] = jnp.mean(jnp.abs(y_BTD - x_BTD))
-                x_BTD = y_BTD
+                for part, after_BTD in _branches(nnx.merge(graphdef, one), x_BTD, ctx):
+                    found[f"layers/{layer}/{part}"] = jnp.mean(jnp.abs(after_BTD - x_BTD))
+                    x_BTD = after_BTD
     x_BTD = model.final_norm(x_BTD) if model.final_norm is not None else x_BTD
     found["logits"] = jnp.mean(jnp.abs(model.logits(model.logit_scale * x_BTD)))
     return found
+
+
+def _branches(block, x_BTD: jax.Array, ctx: Context):
+    """The stream after a block's mixer and, if it has one, after its ffn."""
+    y_BTD, _, _ = block.mixer(block.mixer_residual.enter(x_BTD, ctx), ctx, None)
+    x_BTD = block.mixer_residual.leave(x_BTD, y_BTD, ctx)
+    yield "mixer", x_BTD
+    if block.ffn is not None:
+        y_BTD, _ = block.ffn(block.ffn_residual.enter(x_BTD, ctx), ctx)
+        yield "ffn", block.ffn_residual.leave(x_BTD, y_BTD, ctx)
 
 
 def stream(model: language_model.LanguageModel, tokens_BT: jax.Array) -> jax.Array:

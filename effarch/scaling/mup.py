@@ -11,8 +11,9 @@ and a = 1 (CompleteP) or 1/2 (depth-muP):
     Adam's epsilon        / (width / width there) * M^-a
 
 muP has no factors of depth. A matrix whose inputs do not grow (a low-rank gate's) keeps its values; one
-whose start does not come from `init_std` is taken to shrink with its inputs by itself. At the base's own
-size nothing changes. Everything is expressed as config fields: `optimizer.rules`, `model.init_rules`,
+whose start does not come from `init_std` is taken to shrink with its inputs by itself. Low-rank factors
+share what a whole matrix shrinks by: m^(-1/4) each, m of that matrix. At the base's own size nothing
+changes. Everything is expressed as config fields: `optimizer.rules`, `model.init_rules`,
 scales. Keep the width of heads, the batch, the steps and the schedule as they are: recurrent mixers keep
 their scale K^-0.5.
 """
@@ -71,9 +72,10 @@ def apply(config: ConfigDict, base: ConfigDict, *, kind: str = "completep") -> N
 def _lines(model: ConfigDict, base: ConfigDict, depth_lr: float) -> list[tuple[str, str]]:
     """(init rule, optimizer rule) of the parameters of layers; "" where there is nothing to say."""
     factors: dict[str, dict[int, tuple[float, float]]] = {}
+    here = _inputs(model)
     there = {(block, path): inputs for (block, _, path), inputs in _inputs(base).items()}
     own_starts = _own_starts(config_lib.to_json(base))
-    for (block, number, path), inputs in _inputs(model).items():
+    for (block, number, path), inputs in here.items():
         if (block, path) not in there:
             raise ValueError(
                 f"parametrization: layer {number} ({block}) has {path}, and no layer of the base config "
@@ -81,6 +83,9 @@ def _lines(model: ConfigDict, base: ConfigDict, depth_lr: float) -> list[tuple[s
             )
         growth = inputs / there[block, path]
         init = 1.0 if (block, path) in own_starts else growth**-0.5
+        if init != 1 and "/structure/" in path:
+            first = f"{path.rpartition('/')[0]}/down"
+            init = (here[block, number, first] / there[block, first]) ** -0.25
         factors.setdefault(path, {})[number] = (growth, init)
     lines = []
     for path, by_layer in factors.items():
@@ -99,7 +104,10 @@ def _lines(model: ConfigDict, base: ConfigDict, depth_lr: float) -> list[tuple[s
 
 
 def _inputs(model: ConfigDict) -> dict[tuple[str, int, str], int]:
-    """Inputs of each matrix of the layers by (block, layer, path in the block); 1 for other arrays."""
+    """Inputs of each matrix of the layers by (block, layer, path in the block); 1 for other arrays.
+
+    The entries of a sparse matrix have those of the factors beside them.
+    """
     built = build.abstract(_plain(model), vocab_size=_VOCAB)
     turned = {
         f"layers/{name}/{path}/kernel"
@@ -107,14 +115,17 @@ def _inputs(model: ConfigDict) -> dict[tuple[str, int, str], int]:
         for path, layer in adapter.linear_layers(block).items()
         if layer.by_outputs
     }
+    infos = jax.tree.leaves(parameters.describe(nnx.state(built, nnx.Param)))
+    shapes = {}
+    for info in infos:
+        shape = [n for n, axis in zip(info.shape, info.logical) if axis not in parameters.STACKING]
+        shapes[info.path] = shape[::-1] if info.path in turned else shape
     found = {}
-    for info in jax.tree.leaves(parameters.describe(nnx.state(built, nnx.Param))):
-        sizes = [
-            n for n, axis in zip(info.shape, info.logical) if axis not in ("layers", "experts")
-        ]
-        is_matrix = len(sizes) == 2 and "conv" not in info.logical
-        inputs = (sizes[1] if info.path in turned else sizes[0]) if is_matrix else 1
-        found |= dict.fromkeys(_keys(model, info), inputs)
+    for info in infos:
+        is_sparse = "sparse" in info.logical
+        shape = shapes[f"{info.path.rpartition('/')[0]}/down" if is_sparse else info.path]
+        is_matrix = len(shape) == 2 and "conv" not in info.logical
+        found |= dict.fromkeys(_keys(model, info), shape[0] if is_matrix else 1)
     return found
 
 

@@ -29,6 +29,7 @@ MIXERS = {
     "linear_attention": lambda width: dict(num_heads=width // HEAD_DIM),
     "mamba2": lambda width: dict(head_dim=HEAD_DIM, state_dim=8),
     "retnet": lambda width: dict(num_heads=width // HEAD_DIM),
+    "spark_attention": lambda width: dict(head_dim=HEAD_DIM, num_heads=width // HEAD_DIM),
 }
 """Heads of one width in ever larger numbers."""
 FFNS = {
@@ -111,6 +112,31 @@ def test_what_has_a_start_of_its_own_is_not_scaled_again():
     assert any(text.startswith("layers/*/ffn/router/kernel lr=") for text in large.optimizer.rules)
 
 
+@pytest.mark.parametrize(
+    ("form", "start", "parts"),
+    [
+        # a whole matrix shrinks by a half, each factor by the root of it
+        ("low_rank", {"down": 0.5**0.5, "up": 0.5**0.5}, {"down", "up"}),
+        ("block_shuffle", {}, {"down", "up"}),  # orthogonal blocks shrink by themselves
+        ("sltrain", {"up": 0.5**0.5}, {"down", "up", "sparse"}),  # `up` is zero: no matter
+    ],
+)
+def test_factors_of_a_matrix_four_times_as_wide(form, start, parts):
+    base, large = (make(width, ffn="structured_mlp") for width in (32, 128))
+    for c in (base, large):
+        c.model.blocks.structured_mlp.form = form
+    mup.apply(large, base, kind="mup")
+    rates, inits = (
+        {text.split()[0]: text.split()[1] for text in rules}
+        for rules in (large.optimizer.rules, large.model.init_rules)
+    )
+    factor = "layers/*/ffn/up/structure/"
+    assert {path.removeprefix(factor) for path in rates if path.startswith(factor)} == parts
+    assert {rates[factor + part] for part in parts} == {"lr=0.25"}
+    given = {part: float(inits[factor + part]) for part in parts if factor + part in inits}
+    assert given == pytest.approx(start)
+
+
 def test_wider_heads_get_another_scale():
     base, large = make(32), make(128)
     large.model.blocks.attention.update(head_dim=64, num_heads=2)
@@ -142,7 +168,7 @@ def test_init_rules_multiply_fresh_parameters():
 
 
 def growth(mixer: str, ffn: str, widths, parametrized: bool) -> tuple[float, float]:
-    """The largest spread over the widths of what a layer adds, and how much logits grow."""
+    """The largest spread over the widths of what a mixer or ffn adds, and how much logits grow."""
     records = []
     for width in widths:
         c = make(width, mixer, ffn)
@@ -164,11 +190,11 @@ def growth(mixer: str, ffn: str, widths, parametrized: bool) -> tuple[float, flo
     ],
 )
 def test_coordinates_are_flat_under_mup_and_grow_without(mixer, ffn):
-    layers, logits = growth(mixer, ffn, (32, 64, 128, 256), parametrized=True)
-    assert layers < 2, layers
+    parts, logits = growth(mixer, ffn, (32, 64, 128, 256), parametrized=True)
+    assert parts < 2, parts
     assert logits < 2, logits  # they shrink: the random part of the head's sums does
-    layers, _ = growth(mixer, ffn, (32, 256), parametrized=False)
-    assert layers > 2, layers
+    parts, _ = growth(mixer, ffn, (32, 256), parametrized=False)
+    assert parts > 2, parts
 
 
 def stream_changes(depth: int, kind: str | None) -> np.ndarray:

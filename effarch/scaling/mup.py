@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from effarch import config as config_lib
 from effarch import names
 from effarch.models import build, layer_language, parameters
-from effarch.models.layers import adapter
+from effarch.models.layers import adapter, structures
 
 KINDS = {"mup": None, "depth_mup": 0.5, "completep": 1.0}
 """The exponent a; None leaves depth alone."""
@@ -109,11 +109,17 @@ def _inputs(model: ConfigDict) -> dict[tuple[str, int, str], int]:
     The entries of a sparse matrix have those of the factors beside them.
     """
     built = build.abstract(_plain(model), vocab_size=_VOCAB)
-    turned = {
-        f"layers/{name}/{path}/kernel"
+    layers = {
+        f"layers/{name}/{path}": layer
         for name, block in built.layers.items()
         for path, layer in adapter.linear_layers(block).items()
-        if layer.by_outputs
+    }
+    turned = {f"{path}/kernel" for path, layer in layers.items() if layer.by_outputs}
+    # Second factors whose product is divided by their inputs, the rank, as it is.
+    divided = {f"{path}/adapter/up/kernel" for path in layers} | {
+        f"{path}/structure/up"
+        for path, layer in layers.items()
+        if isinstance(layer.structure, structures.SlTrain)
     }
     infos = jax.tree.leaves(parameters.describe(nnx.state(built, nnx.Param)))
     shapes = {}
@@ -124,7 +130,7 @@ def _inputs(model: ConfigDict) -> dict[tuple[str, int, str], int]:
     for info in infos:
         is_sparse = "sparse" in info.logical
         shape = shapes[f"{info.path.rpartition('/')[0]}/down" if is_sparse else info.path]
-        is_matrix = len(shape) == 2 and "conv" not in info.logical
+        is_matrix = len(shape) == 2 and "conv" not in info.logical and info.path not in divided
         found |= dict.fromkeys(_keys(model, info), shape[0] if is_matrix else 1)
     return found
 

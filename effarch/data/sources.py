@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from effarch import names as names_lib
@@ -63,7 +64,8 @@ def resolve(
         raise ValueError(f"max_documents is {max_documents}: give 0 (all) or a positive number.")
     chosen: list[str] = []
     for index, spec in enumerate(specs):
-        name = names[index] if names else _free_name(_default_name(spec), chosen)
+        default = _default_name(spec, is_alone=len(specs) == 1)
+        name = names[index] if names else _free_name(default, chosen)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(
                 f"names: {name!r} cannot name a folder; use letters, digits, '.', '_' and '-'."
@@ -97,10 +99,12 @@ def is_validation(text: str, val_permille: int) -> bool:
     return int.from_bytes(digest, "big") % 1000 < val_permille
 
 
-def _default_name(spec: str) -> str:
+def _default_name(spec: str, *, is_alone: bool) -> str:
+    """Files are named after their folder or file, so that figures by source tell them apart."""
     kind, _, rest = spec.partition(":")
     if kind == "files":
-        return "files"
+        literal = itertools.takewhile(lambda part: not set(part) & set("*?["), Path(rest).parts)
+        rest = "" if is_alone else Path(*literal).stem
     if kind == "hf":
         rest = rest.rpartition("/")[2].replace(":", "-")
     return re.sub(r"[^A-Za-z0-9._-]+", "_", rest).strip("._-") or kind or "source"

@@ -112,8 +112,13 @@ def test_an_unknown_source_is_refused(spec, sentence):
 def test_names(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(name)
-    specs = [f"files:{tmp_path}/a", f"files:{tmp_path}/b", "embedded:stdlib"]
-    assert [source.name for source in sources.resolve(specs)] == ["files", "files_2", "stdlib"]
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "c.txt").write_text("three")
+    specs = [f"files:{tmp_path}/a", f"files:{tmp_path}/books/**/*.txt", "embedded:stdlib"]
+    again = f"files:{tmp_path}/books/c*"
+    found = [source.name for source in sources.resolve([*specs, again])]
+    assert found == ["a", "books", "stdlib", "books_2"]
+    assert [source.name for source in sources.resolve(specs[:1])] == ["files"]
     named = sources.resolve(specs, names=["x", "y", "z"])
     assert [source.name for source in named] == ["x", "y", "z"]
     with pytest.raises(ValueError, match="names has 1 entries and sources 3"):

@@ -7,7 +7,7 @@ Examples:
   python -m effarch.evaluation --run=runs/mine --tasks=wikitext --max_length=2048 --limit=100
   python -m effarch.evaluation --run=runs/mine --tasks=my_task --include_path=tasks
 
-Prints the results as one JSON object. Needs `pip install 'effarch[hub]'`; the tasks fetch their data.
+Prints the results as one JSON object. Needs `pip install lm-eval`; the tasks fetch their data.
 """
 
 import json
@@ -32,23 +32,20 @@ def main() -> int:
     with command_line.user_errors(ValueError, OSError, ImportError):
         run = command_line.required("run")
         tasks = command_line.required("tasks")
-        results = _run(run, tasks)
+        from effarch.evaluation import harness
+
+        results = harness.evaluate(
+            run,
+            tasks,
+            include_path=FLAGS.include_path,
+            num_fewshot=FLAGS.num_fewshot,
+            limit=FLAGS.limit,
+            step=FLAGS.step,
+            max_length=FLAGS.max_length,
+            batch_size=FLAGS.batch_size,
+        )
     print(json.dumps(results, indent=1, default=str))
     return 0
-
-
-def _run(run: str, tasks: list[str]) -> dict:
-    from effarch.evaluation import harness
-
-    options = dict(step=FLAGS.step, max_length=FLAGS.max_length, batch_size=FLAGS.batch_size)
-    model = harness.model(run, **options)
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    shots = dict(num_fewshot=FLAGS.num_fewshot, limit=FLAGS.limit)
-    manager = TaskManager(include_path=FLAGS.include_path)
-    found = lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, **shots)
-    return found["results"]
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
     model = harness.model("runs/mine")
     lm_eval.simple_evaluate(model=model, tasks=["lambada_openai"])
 
-lm_eval is imported only when a model is made.
+lm_eval is imported only when a model or its tasks are made.
 """
 
+import difflib
 import pathlib
+from collections.abc import Sequence
 
 from effarch.evaluation import scoring
 
@@ -16,17 +18,14 @@ def model(run: pathlib.Path | str, **options):
 
     Raises ImportError, saying what to install, where lm_eval is absent.
     """
+    _import()
     return wrap(scoring.Scorer.of_run(run, **options))
 
 
 def wrap(scorer: scoring.Scorer):
     """An `lm_eval` model of a scorer: each request's arguments go to the method of the same name."""
-    try:
-        from lm_eval.api.model import LM
-    except ImportError as error:
-        raise ImportError(
-            "lm_eval is not installed; pip install 'effarch[hub]', or use effarch.evaluation.scoring."
-        ) from error
+    _import()
+    from lm_eval.api.model import LM
 
     class Effarch(LM):
         @property
@@ -43,3 +42,44 @@ def wrap(scorer: scoring.Scorer):
             return scorer.generate_until([request.args for request in requests])
 
     return Effarch()
+
+
+def evaluate(
+    run: pathlib.Path | str,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    **options,
+) -> dict:
+    """The figures of each task, by its name; `include_path` is a folder with YAML files of tasks.
+
+    Raises ValueError for a task that lm_eval does not know, before the model is opened.
+    """
+    lm_eval = _import()
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    for name in tasks:
+        if not manager.match_tasks([name]) and not pathlib.Path(name).is_file():
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.7)
+            hint = (
+                f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` lists those it has."
+            )
+            raise ValueError(f"--tasks: {name!r} is no task of lm_eval; {hint}")
+    shots = dict(num_fewshot=num_fewshot, limit=limit)
+    found = lm_eval.simple_evaluate(
+        model=model(run, **options), tasks=list(tasks), task_manager=manager, **shots
+    )
+    return found["results"]
+
+
+def _import():
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ImportError(
+            "lm_eval is not installed; pip install lm-eval, or use effarch.evaluation.scoring."
+        ) from error
+    return lm_eval

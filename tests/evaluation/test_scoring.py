@@ -144,10 +144,12 @@ def test_the_harness_model_says_what_is_missing_or_passes_requests_on():
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        with pytest.raises(ImportError, match="effarch\\[hub\\]"):
+        with pytest.raises(ImportError, match="pip install lm-eval"):
             harness.wrap(Fake())
     else:
         assert harness.wrap(Fake()).loglikelihood([Request()]) == [(-1.0, True)]
+        with pytest.raises(ValueError, match="'pika' is no task of lm_eval; did you mean 'pi"):
+            harness.evaluate("no such run", ["piqa", "pika"])
 
 
 TASKS = {

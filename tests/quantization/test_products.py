@@ -282,6 +282,7 @@ def test_sizes_that_blocks_do_not_divide_are_refused(short):
 
 
 def test_rematerialization_rounds_alike():
+    """Up to the order of the sums, which a CPU may choose twice; a number rounded otherwise is 1e-2."""
     recipe = recipes.quartet()
 
     @jax.jit
@@ -293,7 +294,7 @@ def test_rematerialization_rounds_alike():
         return [jax.vjp(f, x, w)[1](e) for f in (product, jax.checkpoint(product))]
 
     for one, other in zip(*twice(X, W, E)):
-        np.testing.assert_array_equal(one, other)
+        close(one, other, 1e-5)
 
 
 def test_a_block_of_zeros_gives_zeros():

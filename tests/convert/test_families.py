@@ -27,6 +27,9 @@ GEMMA_2_2B = {  # the values of google/gemma-2-2b
 }
 
 
+YARN = ("factor", "original_max_position_embeddings", "mscale", "mscale_all_dim")
+
+
 def read(content):
     return family.read_config(hf.of_config(content), content)
 
@@ -43,6 +46,54 @@ def test_gemma_2_2b():
     assert chosen.model_type == "gemma2"
     assert {name: content[name] for name in GEMMA_2_2B} == GEMMA_2_2B
     assert content["layer_types"] == ["sliding_attention", "full_attention"] * 13
+
+
+DEEPSEEK_V3 = {  # the values of deepseek-ai/DeepSeek-V3
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "vocab_size": 129280,
+}
+
+
+def test_deepseek_v3():
+    m = read(DEEPSEEK_V3)
+    assert m.layers == "first: 3*latent_attention/glu; repeat: latent_attention/moe"
+    assert m.blocks.latent_attention.rope_yarn == (40, 32, 1, 4096, 1.0)
+    chosen, content = hf.of_model(m)
+    assert chosen.model_type == "deepseek_v3"
+    wanted = dict(DEEPSEEK_V3)
+    rope = wanted.pop("rope_scaling") | {"rope_type": "yarn"}
+    rope.pop("type")  # as it was called before
+    assert {name: content[name] for name in wanted} == wanted
+    assert content["rope_scaling"] == rope
+    assert content["rope_parameters"] == rope | {"rope_theta": 10000}
 
 
 def test_a_model_of_ours_is_the_first_family_that_can_express_it():
@@ -77,6 +128,12 @@ def test_a_model_of_ours_is_the_first_family_that_can_express_it():
         ({"layer_types": ["chunked_attention"]}, "layer_types='chunked_attention' is not known"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported for gemma2"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "have no low_freq_factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "type 'yarn' have no original_max"),
+        ({"rope_scaling": {"type": "yarn", "mscale": 1.0}}, "mscale_all_dim=None"),
+        (
+            {"rope_scaling": dict(zip(YARN, (2.0, 64, 1.0, 1.0)), type="yarn")},
+            "'yarn' are not supported for gemma2; supported: default",
+        ),
         ({"rope_parameters": {"full_attention": {}}}, r"kinds of layers \(full_attention\)"),
     ],
 )

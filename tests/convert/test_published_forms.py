@@ -48,10 +48,10 @@ def rope_halves(x, theta=1e4):
     )
 
 
-def rope_pairs(x, theta=1e4):
-    """[T,H,K], channel 2i turned with channel 2i + 1."""
+def rope_pairs(x, slower, theta=1e4):
+    """[T,H,K], channel 2i turned with channel 2i + 1, its angle times `slower`."""
     half = x.shape[-1] // 2
-    angle = np.arange(len(x))[:, None, None] * theta ** (-np.arange(half) / half)
+    angle = np.arange(len(x))[:, None, None] * theta ** (-np.arange(half) / half) * slower
     turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)
     return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
 
@@ -153,8 +153,18 @@ DEEPSEEK = {
     "routed_scaling_factor": 2.5,
     "first_k_dense_replace": 1,
     "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
     "vocab_size": WORDS,
 }
+# Pair 0 turns 652 times over 4096 tokens and stays, pair 1 turns 6.5 times: number 0.65 (so 0) turns 32
+# times, number 1.4 (so 2) once, and 1 lies half-way.
+SLOWER = np.array([1, (1 + 1 / 40) / 2])
 
 
 def deepseek_shapes(c):
@@ -211,10 +221,11 @@ def deepseek(c, t, ids):
         both = h @ t[f"{a}.kv_a_proj_with_mqa.weight"].T
         latent = rms(both[:, :12], t[f"{a}.kv_a_layernorm.weight"])
         kv = heads(t, f"{a}.kv_b_proj", latent, 2)
-        shared = np.repeat(rope_pairs(both[:, None, 12:]), 2, axis=1)
-        q = np.concatenate([q[..., :6], rope_pairs(q[..., 6:])], -1)
+        shared = np.repeat(rope_pairs(both[:, None, 12:], SLOWER), 2, axis=1)
+        q = np.concatenate([q[..., :6], rope_pairs(q[..., 6:], SLOWER)], -1)
         k = np.concatenate([kv[..., :6], shared], -1)
-        x = x + attend(q, k, kv[..., 6:], 10**-0.5) @ t[f"{a}.o_proj.weight"].T
+        sharp = 10**-0.5 * (0.1 * np.log(40) + 1) ** 2
+        x = x + attend(q, k, kv[..., 6:], sharp) @ t[f"{a}.o_proj.weight"].T
         h = rms(x, t[f"{p}.post_attention_layernorm.weight"])
         x = x + (deepseek_moe(t, f"{p}.mlp", h) if layer else glu(t, f"{p}.mlp", h))
     return rms(x, t["model.norm.weight"]) @ t["lm_head.weight"].T

@@ -22,7 +22,9 @@ PLAIN = {
     "hgrn": dict(lower_bound=0.3, learnable_initial_state=True),
     "hgrn2": dict(head_dim=8, lower_bound=0.3, **LEARNED),
     "kda": dict(num_heads=2, num_v_heads=4, head_dim=8, gate_lower_bound=-4.0, **LEARNED),
-    "latent_attention": dict(num_heads=2, latent_dim=12, nope_dim=8, rope_dim=4, v_dim=6),
+    "latent_attention": dict(
+        num_heads=2, latent_dim=12, nope_dim=8, rope_dim=8, v_dim=6, rope_yarn=(8, 4, 1, 64, 1)
+    ),
     "linear_attention": dict(num_heads=2, feature_map="hedgehog", normalize=True, chunk_size=16),
     "mamba2": dict(head_dim=16, state_dim=8, **LEARNED),
     "retnet": dict(num_heads=2, **LEARNED),

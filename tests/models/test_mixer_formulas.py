@@ -62,13 +62,16 @@ def join(x):
     return x.reshape(len(x), -1)
 
 
-def rotate(x, part=1.0):
-    """Channel i and i + half of each head turn by position * 10000 ** (-2 i / K), K `part` of them."""
+def rotate(x, part=1.0, slower=1.0):
+    """Channel i and i + half of each head turn by position * 10000 ** (-2 i / K), K `part` of them.
+
+    `slower` multiplies the angle of each pair.
+    """
     if part < 1:
         turned, still = np.split(x, [int(part * x.shape[-1])], axis=-1)
         return np.concatenate([rotate(turned), still], axis=-1)
     half = x.shape[-1] // 2
-    angle = np.arange(len(x))[:, None, None] * 10000.0 ** (-np.arange(half) / half)
+    angle = np.arange(len(x))[:, None, None] * 10000.0 ** (-np.arange(half) / half) * slower
     a, b = x[..., :half], x[..., half:]
     return np.concatenate(
         [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1
@@ -270,13 +273,17 @@ def mamba2(p, x):
 
 
 def latent_attention(p, x):
+    """YaRN for 8 times 64 tokens: pairs that turn 10.2, 1.02, 0.1 and 0.01 times over 64 tokens, between
+    4 times (number 0.4, so 0) and once (number 1.01, so 2)."""
+    slower = np.array([1, (1 + 1 / 8) / 2, 1 / 8, 1 / 8])
     q = split(linear(x, p["q"]), 2)
     latent, k_rope = np.split(linear(x, p["down"]), [12], axis=-1)
     up = split(linear(rms_norm(latent, p["latent_norm"]), p["up"]), 2)
     k_nope, v = np.split(up, [8], axis=-1)
-    k_rope = np.broadcast_to(rotate(k_rope[:, None]), (len(x), 2, 4))
-    q = np.concatenate([q[..., :8], rotate(q[..., 8:])], axis=-1)
-    scores = np.einsum("ihk,jhk->hij", q, np.concatenate([k_nope, k_rope], axis=-1)) / 12**0.5
+    k_rope = np.broadcast_to(rotate(k_rope[:, None], slower=slower), (len(x), 2, 8))
+    q = np.concatenate([q[..., :8], rotate(q[..., 8:], slower=slower)], axis=-1)
+    scores = np.einsum("ihk,jhk->hij", q, np.concatenate([k_nope, k_rope], axis=-1)) / 16**0.5
+    scores *= (0.1 * np.log(8) + 1) ** 2
     seen = np.tril(np.ones((len(x), len(x)), bool))
     return join(np.einsum("hij,jhv->ihv", softmax(np.where(seen, scores, -np.inf)), v))
 

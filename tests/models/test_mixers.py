@@ -105,6 +105,11 @@ def test_a_sliding_window_cache_does_not_grow():
         ("retnet", dict(num_heads=32), "even number of key channels"),
         ("linear_attention", dict(feature_map="relo"), "Did you mean 'relu'?"),
         ("latent_attention", dict(rope_dim=7), "rope_dim=7 must be even"),
+        (
+            "latent_attention",
+            dict(rope_yarn=(8, 4, 1, 64)),
+            "must be (factor, fast, slow, length, scale)",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused_in_words(kind, options, words):

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from effarch.convert.hf import family, mapping
+from effarch.convert.hf import mapping, positions
 from effarch.convert.hf.mapping import Rule
 
 FIELDS = {
@@ -16,7 +16,7 @@ ATTENTION_FIELDS = {
     "num_key_value_heads": "blocks.attention.num_kv_heads",
     "head_dim": "blocks.attention.head_dim",
     "rope_theta": "blocks.attention.rope_theta",
-    family.STRETCH: "blocks.attention.rope_scaling",
+    positions.LLAMA3: "blocks.attention.rope_scaling",
 }
 GLU_FIELDS = {"intermediate_size": "blocks.glu.hidden", "hidden_act": "blocks.glu.activation"}
 DEFAULTS = {
@@ -25,7 +25,7 @@ DEFAULTS = {
     "num_key_value_heads": None,
     "head_dim": None,
     "rope_theta": 10000.0,
-    family.STRETCH: (),
+    positions.LLAMA3: (),
     "hidden_act": "silu",
 }
 

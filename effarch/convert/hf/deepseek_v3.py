@@ -1,13 +1,13 @@
 """DeepSeek-V3: arXiv 2412.19437. Latent attention, sigmoid routing within groups, shared experts.
 
-Rotary channels come in neighbouring pairs there and in halves here; q and k are reordered alike. Only
-unscaled rotary positions are supported (Moonlight-16B has them, DeepSeek-V3 itself is scaled by YaRN).
+Rotary channels come in neighbouring pairs there and in halves here; q and k are reordered alike.
+Positions are plain (Moonlight-16B) or stretched by YaRN (DeepSeek-V3).
 """
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from effarch.convert.hf import common, mapping
+from effarch.convert.hf import common, mapping, positions
 from effarch.convert.hf.family import Family, blocks_of
 from effarch.convert.hf.mapping import Rule
 
@@ -96,6 +96,7 @@ FAMILY = Family(
         "qk_rope_head_dim": f"blocks.{_MIXER}.rope_dim",
         "v_head_dim": f"blocks.{_MIXER}.v_dim",
         "rope_theta": f"blocks.{_MIXER}.rope_theta",
+        positions.YARN: f"blocks.{_MIXER}.rope_yarn",
         "n_routed_experts": "blocks.moe.num_experts",
         "n_shared_experts": "blocks.moe.num_shared",
         "num_experts_per_tok": "blocks.moe.top_k",
@@ -104,7 +105,12 @@ FAMILY = Family(
         "topk_group": "blocks.moe.top_groups",
         "routed_scaling_factor": "blocks.moe.routed_scaling",
     },
-    defaults={**common.DEFAULTS, "q_lora_rank": None, "first_k_dense_replace": 3},
+    defaults={
+        **common.DEFAULTS,
+        positions.YARN: (),
+        "q_lora_rank": None,
+        "first_k_dense_replace": 3,
+    },
     fixed={
         "attention_bias": False,
         "norm_topk_prob": True,

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from effarch import config as config_lib
-from effarch.convert.hf import mapping
+from effarch.convert.hf import mapping, positions
 from effarch.models import layer_language
 from effarch.models.ffns import glu
 
@@ -33,16 +33,6 @@ TRAINING_ONLY = {
     "z_coef",
 }  # fmt: skip
 """Options of a model and its blocks that do not change what a trained model computes."""
-
-
-STRETCH = "llama3_scaling"
-"""The four numbers of rotary positions of type llama3, as one field."""
-_STRETCH_FIELDS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
 
 
 class Inexpressible(ValueError):
@@ -80,23 +70,14 @@ class Family:
 
 def read_config(family: Family, content: dict) -> ConfigDict:
     """`config.model` of a config.json. Raises ValueError for what effarch has no layer for."""
-    hf = {**family.fixed, **family.defaults, **_with_flat_rope(content)}
+    hf = {**family.fixed, **family.defaults, **positions.flat(content)}
     for name, value in family.fixed.items():
         if hf[name] != value:
             raise ValueError(
                 f"config.json: {name}={hf[name]!r} is not supported for {family.model_type}; only "
                 f"{value!r} is."
             )
-    if hf.get(STRETCH) and STRETCH not in family.fields:
-        raise ValueError(
-            f"config.json: rotary positions of type 'llama3' are not supported for {family.model_type}."
-        )
-    turned = hf.get("partial_rotary_factor", 1)
-    if turned != 1 and "partial_rotary_factor" not in family.fields:
-        raise ValueError(
-            f"config.json: partial_rotary_factor={turned} is not supported for {family.model_type}; "
-            "only 1 is."
-        )
+    positions.refuse(hf, family.fields, family.model_type)
     m = config_lib.default().model
     for theirs, ours in {"vocab_size": "vocab_size", **family.fields}.items():
         try:
@@ -120,13 +101,7 @@ def write_config(family: Family, model: ConfigDict) -> dict:
     found = _differences(m, canonical(read_config(family, hf)))
     if found:
         raise Inexpressible(family.model_type, found)
-    scaling = hf.pop(STRETCH, ())
-    if "rope_theta" in hf:
-        names = ("rope_theta", "partial_rotary_factor")
-        rope = {name: hf[name] for name in names if name in hf}
-        if scaling:
-            hf["rope_scaling"] = {"rope_type": "llama3", **dict(zip(_STRETCH_FIELDS, scaling))}
-        hf["rope_parameters"] = {"rope_type": "default", **hf.get("rope_scaling", {}), **rope}
+    positions.write(hf)
     return hf
 
 
@@ -216,35 +191,6 @@ def _flat(m: ConfigDict, used: set[str]) -> dict[str, Any]:
         options = m.blocks[block]
         flat |= {f"{block}.{name}": options[name] for name in options if name not in TRAINING_ONLY}
     return flat
-
-
-def _with_flat_rope(content: dict) -> dict:
-    """config.json with the fields of rotary positions at the top, as before transformers 5."""
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    nested = [name for name, value in rope.items() if isinstance(value, dict)]
-    if nested:
-        raise ValueError(
-            f"config.json: rope_parameters of kinds of layers ({', '.join(nested)}) are not supported; "
-            "only one set for all layers is."
-        )
-    if kind not in ("default", "llama3"):
-        raise ValueError(
-            f"config.json: rotary positions of type {kind!r} are not supported; 'default' and 'llama3' "
-            "are."
-        )
-    names = ("rope_theta", "partial_rotary_factor")
-    kept = {name: value for name, value in content.items() if value is not None}
-    kept |= {name: rope[name] for name in names if name in rope}
-    if kind == "llama3":
-        missing = [name for name in _STRETCH_FIELDS if name not in rope]
-        if missing:
-            raise ValueError(
-                f"config.json: rotary positions of type 'llama3' have no {', '.join(missing)}; check "
-                "the file."
-            )
-        kept[STRETCH] = tuple(rope[name] for name in _STRETCH_FIELDS)
-    return kept
 
 
 def _sum(blocks: Sequence[str]) -> str:

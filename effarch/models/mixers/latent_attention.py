@@ -34,6 +34,7 @@ class LatentAttention(nnx.Module):
         v_dim: int = 128,
         rope: bool = True,
         rope_theta: float = 10000.0,
+        rope_yarn: tuple = (),
         backend: str | None = None,
         norm_eps: float = 1e-6,
         init_std: float = 0.02,
@@ -42,12 +43,22 @@ class LatentAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """rope False leaves the `rope_dim` channels unrotated (Kimi Linear). `q_latent_dim` gives
-        queries a normed latent of their own (DeepSeek-V3): q = RMSNorm(x W_cq) W_q."""
+        queries a normed latent of their own (DeepSeek-V3): q = RMSNorm(x W_cq) W_q. `rope_yarn`: the
+        four numbers of `rotary.yarn_stretched` from `factor` on, and `scale` of `rotary.yarn_sharpness`
+        (DeepSeek-V3: 40, 32, 1, 4096, 1)."""
         if rope and rope_dim % 2:
             raise ValueError(f"latent_attention: rope_dim={rope_dim} must be even, or rope False.")
+        if rope_yarn and len(rope_yarn) != 5:
+            raise ValueError(
+                f"latent_attention: rope_yarn={rope_yarn} must be (factor, fast, slow, length, scale) "
+                "or ()."
+            )
         self.num_heads, self.latent_dim, self.v_dim = num_heads, latent_dim, v_dim
         self.nope_dim, self.rope_dim = nope_dim, rope_dim
-        self.rope, self.rope_theta = rope, rope_theta
+        self.rope, self.rope_theta, self.rope_yarn = rope, rope_theta, tuple(rope_yarn)
+        self.scale = (nope_dim + rope_dim) ** -0.5
+        if rope_yarn:
+            self.scale *= rotary.yarn_sharpness(rope_yarn[0], rope_yarn[4])
         self.backend, self.dtype = backend, dtype
         shared = dict(init_std=init_std, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         columns = ("embed", "heads")
@@ -79,8 +90,9 @@ class LatentAttention(nnx.Module):
         latent_BTL, k_rope = jnp.split(self.down(x_BTD), [self.latent_dim], axis=-1)
         latent_BTL, k_rope = self.latent_norm(latent_BTL), k_rope[:, :, None]
         if self.rope:
-            q_rope = rotary.rotate(q_rope, positions, theta=self.rope_theta)
-            k_rope = rotary.rotate(k_rope, positions, theta=self.rope_theta)
+            turn = dict(theta=self.rope_theta, yarn=self.rope_yarn[:4])
+            q_rope = rotary.rotate(q_rope, positions, **turn)
+            k_rope = rotary.rotate(k_rope, positions, **turn)
         if cache is None:
             q = jnp.concatenate([q_nope, q_rope], axis=-1)
             o = self._attend(q, latent_BTL, k_rope, ctx)
@@ -97,7 +109,7 @@ class LatentAttention(nnx.Module):
         )
         k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:3], self.rope_dim))
         k = jnp.concatenate([k_nope, k_rope], axis=-1)
-        return attend.attend(q, k, v, ctx, backend=self.backend)
+        return attend.attend(q, k, v, ctx, scale=self.scale, backend=self.backend)
 
     def _attend_cached(self, q_nope, q_rope, new, cache) -> Float[Array, "B T H V"]:
         """One key head for all queries: [c, rotary part]; its value is c."""
@@ -111,7 +123,7 @@ class LatentAttention(nnx.Module):
             latent,
             q_positions=new["positions"],
             kv_positions=seen["positions"],
-            scale=(self.nope_dim + self.rope_dim) ** -0.5,
+            scale=self.scale,
             backend=self.backend,
         )
         return jnp.einsum("bthl,lhv->bthv", o, v_up)

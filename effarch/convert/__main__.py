@@ -10,7 +10,7 @@ Examples:
   python -m effarch.train --config=runs/tuned/config.json --workdir=runs/tuned
   python -m effarch.convert --from=runs/tuned --to=models/tuned --dtype=bfloat16
   python -m effarch.convert --from=runs/moe --to=runs/mole --to_latent=group_size=4,latent=64
-  python -m effarch.convert --from=models/OLMoE --to=runs/mole --to_latent=latent=512,calibrate=65536
+  python -m effarch.convert --from=models/Mixtral --to=runs/mole --to_latent=latent=512,calibrate=65536
 
 --from is a folder with config.json and *.safetensors (Llama, Qwen3, Mixtral, Qwen3-Next, DeepSeek-V3,
 Gemma 2; DeltaNet, gated DeltaNet and GLA of flash-linear-attention) or the folder of a run. Data,
@@ -76,13 +76,18 @@ def _to_latent(source: pathlib.Path, target: pathlib.Path) -> str:
 
 def _import(source: pathlib.Path, target: pathlib.Path) -> str:
     from effarch import config
-    from effarch.convert.hf import runs
+    from effarch.convert.hf import folder, runs
     from effarch.training import formatting
 
     base = config.default() if FLAGS.config is None else FLAGS.config
     plan = runs.import_run(source, target, base)
     count = formatting.count(plan.counts.params_total)
-    return f"{target}: {plan.config.model.layers}, {count} parameters, checkpoint of step 0"
+    told = f"{target}: {plan.config.model.layers}, {count} parameters, checkpoint of step 0"
+    if not (target / folder.TOKENIZER).is_file():
+        told += (
+            f"; no {folder.TOKENIZER}: texts are cut by data.tokenizer={plan.config.data.tokenizer}"
+        )
+    return told
 
 
 def _export(source: pathlib.Path, target: pathlib.Path) -> str:

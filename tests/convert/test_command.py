@@ -26,6 +26,7 @@ def test_there_and_back(tmp_path):
     done = convert(f"--from={source}", f"--to={run}", "--config=quickstart")
     assert done.returncode == 0, done.stderr
     assert "attention/glu" in done.stdout and "checkpoint of step 0" in done.stdout
+    assert "no tokenizer.json: texts are cut by data.tokenizer=bpe:4096" in done.stdout
     again = convert(f"--from={source}", f"--to={run}", "--config=quickstart")
     assert again.returncode == 2 and "holds a model or a run already" in again.stderr
     done = convert(f"--from={run}", f"--to={out}", "--dtype=bfloat16")

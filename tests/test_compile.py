@@ -15,6 +15,7 @@ from effarch.aot import advice, memory, plan, search
 from effarch.configs import transformer
 from effarch.models import accounting, build, ffns, mixers
 from effarch.models.context import Context
+from effarch.models.layers import quantizer
 from effarch.parallel import topologies
 from effarch.quantization import recipes
 
@@ -220,7 +221,7 @@ def test_formula_flops_of_recipes(recipe):
     plain = build.abstract(config.model, vocab_size=64)
     config.quantization.recipe = recipe
     rounded = build.abstract(config.model, vocab_size=64, quantization=config.quantization)
-    assert rounded.layers["0"].ffn.up.quantizer is not None
+    assert isinstance(rounded.layers["0"].ffn.up.quantizer, quantizer.Quantizer)
     found, same = (accounting.count(model, 128) for model in (rounded, plain))
     assert found.flops_per_token == same.flops_per_token
     assert found.params_active == same.params_active

@@ -1,13 +1,13 @@
 """IsoFLOP curves of a transformer and a hybrid: trains what is missing, then writes.
 
-    python experiments/isoflop_cpu/run.py --seeds=1 --layers transformer
+    python experiments/isoflop_cpu/run.py --layers transformer
 
 Finished runs in --runs are kept, and so are the rows of results/runs.json, so that several machines can
 share the work. Every run is written when it is finished: the smallest budget first, of each its middle
 widths. A run goes on where the run of the same model on the budget before began its decay
 (effarch/training/trunk.py), if its folder is there. A budget gets further widths until two lie on either
-side of the lowest loss. Seeds after the first are for the middle width of a budget, for the noise.
---write_only trains nothing. Two processes may train an architecture each in one folder of runs.
+side of the lowest loss. Seeds after the first are for the middle width of the smallest budget, for the
+noise. --write_only trains nothing. Two processes may train an architecture each in one folder of runs.
 """
 
 import argparse
@@ -35,7 +35,7 @@ COLUMNS = (*SIZES, "tokens", "flops_model", "flops_6nd", "steps", "seconds")
 
 
 def main() -> None:
-    flags = experiment_runs.parser(__doc__, runs="runs/isoflop_cpu", seeds=1)
+    flags = experiment_runs.parser(__doc__, runs="runs/isoflop_cpu", seeds=3)
     architectures = list(grid.LAYERS)
     flags.add_argument("--layers", nargs="+", choices=architectures, default=architectures)
     options = flags.parse_args()
@@ -72,7 +72,8 @@ def _missing(flops: float, options: argparse.Namespace) -> dict[str, dict]:
     further = {layers: _further(rows, layers, planned[layers]) for layers in options.layers}
     found = {}
     for widths in (planned, further):
-        cells = {_name(**cell): cell for cell in _cells(flops, widths, options.seeds)}
+        seeds = options.seeds if flops == min(grid.BUDGETS) else 1
+        cells = {_name(**cell): cell for cell in _cells(flops, widths, seeds)}
         found = found or {name: cell for name, cell in cells.items() if name not in names}
     return found
 

@@ -2,8 +2,10 @@
 
 A config file has `get_config(arg="")` that starts from `default()` and changes fields. `python -m
 effarch.train --config=FILE --config.some.field=value` overrides them. `finish` then checks the whole.
+A new field's default computes what was computed before there was one: older runs stay as they are.
 """
 
+import functools
 import hashlib
 import json
 from typing import Any
@@ -18,8 +20,6 @@ from effarch.training import optimizers
 
 IDENTITY_FREE = ("mesh", "hosts", "log", "checkpoint")
 """Sections that do not change what is computed, and so are not part of the fingerprint."""
-NEUTRAL = {"embed_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "init_rules": []}
-"""Fields of the model that count only where they have another value."""
 
 
 def default() -> ConfigDict:
@@ -210,9 +210,48 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(_with_tuples(json.loads(text)))
 
 
+def completed(config: ConfigDict) -> ConfigDict:
+    """A config of an older version with the fields that came since, at their defaults."""
+    fields = _plain(config)
+    return ConfigDict(_with_tuples(_with_missing(fields, _defaults(fields))))
+
+
+def _defaults(fields: dict) -> dict:
+    """The fields of the default config, with the blocks of `fields` at the defaults of their kinds."""
+    found = _default_fields()
+    blocks = dict(found["model"]["blocks"])
+    for name, section in fields.get("model", {}).get("blocks", {}).items():
+        kind = section.get("kind") if isinstance(section, dict) else None
+        blocks[name] = _block_fields(kind) if kind in {**mixers.KINDS, **ffns.KINDS} else {}
+    return found | {"model": found["model"] | {"blocks": blocks}}
+
+
+@functools.cache
+def _default_fields() -> dict:
+    return _plain(default())
+
+
+@functools.cache
+def _block_fields(kind: str) -> dict:
+    return _plain(block(kind))
+
+
+def _with_missing(fields: dict, known: dict) -> dict:
+    both = {
+        name: _with_missing(fields[name], value)
+        for name, value in known.items()
+        if isinstance(value, dict) and isinstance(fields.get(name), dict)
+    }
+    return known | fields | both
+
+
 def fingerprint(config) -> str:
-    """16 hexadecimal digits of the fields that decide what a run computes."""
-    text = json.dumps(_identity(config), sort_keys=True)
+    """16 hexadecimal digits of the fields that decide what a run computes.
+
+    A field at its default does not count, but for kinds: a version that adds one knows earlier runs.
+    """
+    fields = _plain(config)
+    text = json.dumps(_without(_identity(fields), _defaults(fields)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -228,8 +267,6 @@ def _identity(config) -> dict:
     layers = layer_language.layers(model["layers"], model["depth"])
     used = {name for layer in layers for name in (layer.mixer, layer.ffn)}
     model["blocks"] = {name: part for name, part in model["blocks"].items() if name in used}
-    for name in [name for name, value in NEUTRAL.items() if model.get(name) == value]:
-        model.pop(name)
     if not model.get("lora", {}).get("rank"):
         model.pop("lora", None)
     if model.get("structured", {}).get("form", "none") == "none":
@@ -244,9 +281,23 @@ def _identity(config) -> dict:
     return fields
 
 
-def _plain(config) -> dict:
-    if isinstance(config, ConfigDict | FrozenConfigDict):
-        config = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else config
+def _without(fields: dict, known: dict) -> dict:
+    """The fields that are not as in `known`, and those named kind."""
+    found = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            if rest := _without(value, known.get(name, {})):
+                found[name] = rest
+        elif name == "kind" or name not in known or value != known[name]:
+            found[name] = value
+    return found
+
+
+def _plain(config):
+    """A copy of dicts and lists."""
+    if isinstance(config, ConfigDict) and not isinstance(config, FrozenConfigDict):
+        config = config.copy_and_resolve_references()
+    if isinstance(config, ConfigDict | dict):
         return {name: _plain(config[name]) for name in config}
     if isinstance(config, tuple | list):
         return [_plain(item) for item in config]

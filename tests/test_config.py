@@ -67,6 +67,32 @@ def test_fingerprint_ignores_what_does_not_change_the_result():
     assert config.differences(base, other) == [("data.seq_len", 256, 512)]
 
 
+def test_fields_at_their_defaults_do_not_count():
+    base = config.default()
+    base.model.blocks.local = config.block("attention", window=64)
+    base.model.layers = "local/glu"
+    older = config.from_json(config.to_json(base))
+    del older.model.z_loss, older.data.task, older.model.blocks.local["softcap"]
+    del older.model.blocks["retnet"], older.optimizer.schedule
+    saved = config.to_json(older)
+    with pytest.raises(ValueError, match=r"data\.task is missing"):
+        config_check.finish(older)
+    completed = config.completed(config.from_json(saved))
+    assert config_check.finish(completed) == config_check.finish(base)
+    assert config.fingerprint(completed) == config.fingerprint(base)
+    base.model.blocks.local.softcap = 30.0
+    assert config.fingerprint(completed) != config.fingerprint(base)
+
+
+def test_the_kind_of_a_block_counts_where_all_else_is_as_it_is_by_default():
+    marks = []
+    for kind in ("gated_delta_net", "delta_net"):
+        c = config.default()
+        c.model.blocks.mine, c.model.layers = config.block(kind), "mine/glu"
+        marks.append(config.fingerprint(c))
+    assert marks[0] != marks[1]
+
+
 def changed(**fields):
     c = config.default()
     c.unlock()

@@ -61,19 +61,30 @@ def _check_data(path: pathlib.Path, data: str | None) -> None:
 
 
 def read_config(folder: pathlib.Path):
-    """The config of the run in a folder, frozen."""
+    """The config of the run in a folder, frozen; fields that came since have their defaults."""
+    config = config_lib.from_json(json.dumps(_record(folder)["config"]))
+    return config_lib.freeze(config_lib.completed(config))
+
+
+def read_fingerprint(folder: pathlib.Path) -> str:
+    """What the run's checkpoints are marked with: as the version that began it had it."""
+    return _record(folder)["fingerprint"]
+
+
+def _record(folder: pathlib.Path) -> dict:
     path = pathlib.Path(folder) / CONFIG
     if not path.is_file():
         raise ValueError(
             f"{folder} is not a run folder: it holds no {CONFIG}; give the folder of a run."
         )
     try:
-        content = json.loads(path.read_text())["config"]
+        content = json.loads(path.read_text())
+        _ = content["config"], content["fingerprint"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); restore it or start again in another --workdir."
         ) from error
-    return config_lib.freeze(config_lib.from_json(json.dumps(content)))
+    return content
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

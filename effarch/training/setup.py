@@ -238,7 +238,7 @@ def open_checkpoints(setup: Setup, folder: pathlib.Path) -> checkpoints.Checkpoi
     options = setup.config.checkpoint
     return checkpoints.Checkpoints(
         folder / run_folder.CHECKPOINTS,
-        fingerprint=config_lib.fingerprint(setup.config),
+        fingerprint=run_folder.read_fingerprint(folder),
         keep=options.keep,
         keep_period=options.keep_period,
     )

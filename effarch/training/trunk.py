@@ -91,7 +91,7 @@ def restore(plan, folder: pathlib.Path) -> tuple[int, object]:
 
 
 def _checkpoints(folder: pathlib.Path) -> checkpoints.Checkpoints:
-    mark = config_lib.fingerprint(run_folder.read_config(folder))
+    mark = run_folder.read_fingerprint(folder)
     return checkpoints.Checkpoints(folder / run_folder.CHECKPOINTS, fingerprint=mark)
 
 

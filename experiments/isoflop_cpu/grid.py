@@ -20,11 +20,12 @@ LAYERS = {
 weights and attention 4 W^2, so that models of one width have one size."""
 BUDGETS = {
     3e12: (32, 48, 64, 80, 112),
-    1e13: (48, 64, 80, 112, 144),
-    3e13: (64, 80, 112, 144, 192),
-    1e14: (80, 112, 144, 192, 256),
+    1e13: (32, 48, 64, 80, 112),
+    3e13: (48, 64, 80, 112, 144),
+    1e14: (64, 80, 112, 144, 192),
 }
-"""FLOPs -> widths around N* = 0.1189 C^0.4969 (Porian et al., arXiv 2406.19146), 1/3 to 3 times."""
+"""FLOPs -> widths. Those of 3e12 lie around N* = 0.1189 C^0.4969 (Porian et al., arXiv 2406.19146); the
+lowest losses were at 0.6 of it, and so the others are around that."""
 WIDTHS = (16, 32, 48, 64, 80, 112, 144, 192, 256, 320)
 """Those that a budget may be given where its lowest loss is not in the middle."""
 DEPTH, SEQ_LEN, ROWS, VOCAB_SIZE = 4, 256, 16, 320

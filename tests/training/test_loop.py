@@ -173,6 +173,23 @@ def test_bad_steps_in_a_row_end_the_run_with_a_list_of_batches(tiny, tmp_path, m
     assert np.isfinite(lines(tmp_path)[-1]["loss"])
 
 
+def test_a_run_of_an_older_version_goes_on(whole, tiny, tmp_path, monkeypatch):
+    """Fields that it did not know yet have their defaults; it keeps the fingerprint of its time."""
+    _, whole_folder, whole_outcome = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.config_lib, "fingerprint", lambda config: "0123456789abcdef")
+        stop_at(patch, 6)
+        train(tiny, tmp_path)
+    path = tmp_path / run_folder.CONFIG
+    content = json.loads(path.read_text())
+    del content["config"]["model"]["z_loss"], content["config"]["data"]["task"]
+    path.write_text(json.dumps(content))
+    _, state = restore.open_run(tmp_path)
+    assert 6 <= int(state.step) < 12
+    _, resumed = train(tiny, tmp_path)
+    assert_same_run(tmp_path, resumed, whole_folder, whole_outcome)
+
+
 def test_open_run_restores_what_was_trained(whole):
     _, folder, outcome = whole
     _, state = restore.open_run(folder)

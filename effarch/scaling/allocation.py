@@ -84,19 +84,3 @@ def efficiency(
         options={"xatol": 1e-8},
     )
     return float(np.exp(found.x)), float(np.sqrt(np.mean(residuals(found.x) ** 2)))
-
-
-def compute_multiplier(
-    first: Mapping[str, float], second: Mapping[str, float], loss: float
-) -> float:
-    """C_second / C_first at equal loss, each curve L = E + k C^-p in parameters E, k, p.
-
-    Above 1 the first is cheaper. Raises ValueError at or below either irreducible loss.
-    """
-    for curve in (first, second):
-        if loss <= curve["E"]:
-            raise ValueError(
-                f"loss={loss} is not above E={curve['E']}; compare at a loss that both reach."
-            )
-    flops = [(curve["k"] / (loss - curve["E"])) ** (1 / curve["p"]) for curve in (first, second)]
-    return flops[1] / flops[0]

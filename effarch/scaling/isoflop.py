@@ -128,29 +128,45 @@ def akima_optimum(
     return float(np.exp(np.median(fine[best[1:]]))), float(np.std(fine[best[1:]]))
 
 
-def exponent_band(
+def resampled(
     flops: np.ndarray,
     sizes: np.ndarray,
     losses: np.ndarray,
     noise: Callable[[np.ndarray], np.ndarray],
     *,
     resamples: int = 200,
-    level: float = 0.95,
     seed: int = 0,
     **options,
-) -> tuple[float, float]:
-    """The interval of the exponent of N* under the noise between seeds.
+) -> list[Vertices]:
+    """The vertices under the noise between seeds, added to every loss anew in each resample.
 
-    Each resample adds noise to every loss, refits every parabola and then the power law. `noise(losses)`
-    is the standard deviation between seeds; `options` go to `vertices`. Raises ValueError if no
-    resample leaves two budgets with a vertex.
+    `noise(losses)` is the standard deviation between seeds; `options` go to `vertices`.
     """
     draw, std = np.random.default_rng(seed), noise(losses)
-    exponents = []
-    for _ in range(resamples):
-        found = vertices(flops, sizes, losses + std * draw.standard_normal(len(losses)), **options)
-        if len(found.flops) > 1:
-            exponents.append(power_law(found.flops, found.size).exponent)
+    return [
+        vertices(flops, sizes, losses + std * draw.standard_normal(len(losses)), **options)
+        for _ in range(resamples)
+    ]
+
+
+def exponent_band(
+    flops: np.ndarray,
+    sizes: np.ndarray,
+    losses: np.ndarray,
+    noise: Callable[[np.ndarray], np.ndarray],
+    *,
+    level: float = 0.95,
+    **options,
+) -> tuple[float, float]:
+    """The interval of the exponent of N* under the noise between seeds; `options` go to `resampled`.
+
+    Raises ValueError if no resample leaves two budgets with a vertex.
+    """
+    exponents = [
+        power_law(found.flops, found.size).exponent
+        for found in resampled(flops, sizes, losses, noise, **options)
+        if len(found.flops) > 1
+    ]
     if not exponents:
         raise ValueError(
             f"no resample of {len(np.unique(flops))} budgets left two with a vertex; add budgets, or "

@@ -22,7 +22,7 @@ import grid
 import numpy as np
 
 from effarch import experiment_record, experiment_runs
-from effarch.scaling import isoflop, statistics, tables
+from effarch.scaling import isoflop, multiplier, statistics, tables
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results/runs.json"
@@ -198,7 +198,7 @@ def _make(found: list[dict]) -> None:
     header = ["FLOPs", "architecture", "N*", "D*", "D* / N*", "bits per byte at N*"]
     rows = [row for layers in runs for row in _vertex_rows(layers, runs[layers], best[layers])]
     experiment_record.write_table(readme, "vertices", header, rows)
-    experiment_record.write_text(readme, "verdict", _verdict(found, best, exponents, noise))
+    experiment_record.write_text(readme, "verdict", _verdict(found, runs, best, exponents, noise))
     _draw(runs, best)
 
 
@@ -224,7 +224,30 @@ def _vertex_rows(layers: str, runs: tables.Table, best: isoflop.Vertices) -> lis
     return rows + [[f"{flops:.0e}", layers, "not inside", *[""] * 3] for flops in best.dropped]
 
 
-def _verdict(found: list[dict], best: dict, exponents: dict, noise: float) -> str:
+def _multipliers(runs: dict[str, tables.Table], best: dict, noise: float) -> list[str]:
+    """Where both architectures have enough budgets: the FLOPs for each loss of the transformer's."""
+    if len(best) < 2 or min(len(x.flops) for x in best.values()) < multiplier.LEAST:
+        return []
+    first, second = best["hybrid"], best["transformer"]
+    samples = [
+        isoflop.resampled(
+            *(runs[layers][name] for name in ("flops", "params_matmul", "loss")),
+            lambda losses: np.full(len(losses), noise),
+            resamples=RESAMPLES,
+            seed=seed,
+        )
+        for seed, layers in enumerate(("hybrid", "transformer"))
+    ]
+    found = []
+    for flops, loss in zip(second.flops, second.loss):
+        if first.loss.min() <= loss <= first.loss.max():
+            ratio = multiplier.compute_multiplier(first, second, loss)
+            low, high = multiplier.band(*samples, loss)
+            found.append(f"{ratio:.2f} ({low:.2f} to {high:.2f}) at its loss with {flops:.0e}")
+    return [f"The transformer needs so many times the hybrid's FLOPs: {', '.join(found)}."]
+
+
+def _verdict(found: list[dict], runs: dict, best: dict, exponents: dict, noise: float) -> str:
     pairs = [[], []]
     for flops, width in sorted({(row["flops"], row["width"]) for row in found}):
         cells = ({"layers": x, "flops": flops, "width": width} for x in grid.LAYERS)
@@ -249,6 +272,7 @@ def _verdict(found: list[dict], best: dict, exponents: dict, noise: float) -> st
         first, second = (float(x.loss[x.flops == flops][0]) for x in best.values())
         gap = second - first
         sentences.append(f"Each at its best size for {flops:.0e} FLOPs: hybrid {gap:+.4f}.")
+    sentences += _multipliers(runs, best, noise)
     return " ".join(sentences) + f" Bands are 95 %, for {noise:.4f} bits per byte between seeds."
 
 

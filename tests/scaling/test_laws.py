@@ -128,14 +128,6 @@ def test_the_optimum_is_the_least_loss_at_its_budget():
         assert chinchilla(params, size * factor, tokens / factor) > best
 
 
-def test_compute_multiplier():
-    second = {"E": 1.5, "k": 40.0, "p": 0.08}
-    first = {**second, "k": 40.0 * 2**-0.08}  # the same loss at half the FLOPs
-    assert allocation.compute_multiplier(first, second, 2.5) == pytest.approx(2)
-    with pytest.raises(ValueError, match=r"loss=1\.4 is not above E=1\.5"):
-        allocation.compute_multiplier(first, second, 1.4)
-
-
 def noisy_runs():
     runs = table("gadre")
     runs["flops"] = 6 * runs["params"] * runs["tokens"]

@@ -2,6 +2,7 @@
 
     python -m effarch.sweep --config=ladder:budgets=1e13+3e13+1e14 --dry_run
     python -m effarch.sweep --config=ladder:budgets=1e13,layers=hybrid --parallel=2
+    python -m effarch.isoflop runs/sweep-ladder-hybrid/results.csv --figure=isoflop.png
 
 The optimum N* = 0.1189 C^0.4969, lr = 0.0047 (N / 108M)^(-1/3) and batch = 160 x 2048 (N / 108M)^(2/3)
 tokens are those of Porian et al., arXiv 2406.19146. N counts the matrices with the head, C = 6 N D; the

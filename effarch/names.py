@@ -1,4 +1,4 @@
-"""Looking a name up, and helping where it is not known."""
+"""Names: looked up with help where one is not known, given values, as patterns."""
 
 import difflib
 import re
@@ -29,6 +29,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     text = f"Known: {', '.join(known)}."
     return f"{text} Did you mean {near[0]!r}?" if near else text
+
+
+def pairs(text: str, flag: str) -> dict[str, str]:
+    """`a=x,b=y` as a dict."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise ValueError(f"{flag}: {name!r} has no value; write {flag}=NAME=VALUE,...")
+    return {name: value for name, _, value in pairs}
 
 
 def glob(pattern: str) -> re.Pattern:

@@ -57,7 +57,7 @@ def _fit(flags: argparse.Namespace) -> dict:
         )
     at = _predicted_run(law, flags.at)
     columns = {name: name for name in (*law.inputs, law.output)}
-    given = _pairs(flags.columns, "--columns")
+    given = names.pairs(flags.columns, "--columns")
     names.refuse_unknown(given, (*columns, FLOPS), "--columns")
     table = tables.read_csv(flags.csv)
     columns |= ({FLOPS: FLOPS} if FLOPS in table else {}) | given
@@ -117,7 +117,7 @@ def _leave_largest_out(law: laws.Law, table, options: fits.Options, starts: int)
 def _predicted_run(law: laws.Law, text: str) -> dict[str, float]:
     """`--at` as numbers, one for each input of the law; {} if it is not given."""
     found = {}
-    for name, value in _pairs(text, "--at").items():
+    for name, value in names.pairs(text, "--at").items():
         try:
             found[name] = float(value)
         except ValueError:
@@ -132,15 +132,6 @@ def _predicted_run(law: laws.Law, text: str) -> dict[str, float]:
 
 def _rows(run: dict[str, float]) -> dict[str, np.ndarray]:
     return {name: np.array([value]) for name, value in run.items()}
-
-
-def _pairs(text: str, flag: str) -> dict[str, str]:
-    """`a=x,b=y` as a dict."""
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    for name, equals, value in pairs:
-        if not (name and equals and value):
-            raise ValueError(f"{flag}: {name!r} has no value; write {flag}=NAME=VALUE,...")
-    return {name: value for name, _, value in pairs}
 
 
 if __name__ == "__main__":

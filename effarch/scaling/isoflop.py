@@ -5,7 +5,7 @@ the vertex of a parabola of loss in ln N at each budget; the sizes then follow N
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.interpolate
@@ -149,28 +149,18 @@ def resampled(
     ]
 
 
-def exponent_band(
-    flops: np.ndarray,
-    sizes: np.ndarray,
-    losses: np.ndarray,
-    noise: Callable[[np.ndarray], np.ndarray],
-    *,
-    level: float = 0.95,
-    **options,
-) -> tuple[float, float]:
-    """The interval of the exponent of N* under the noise between seeds; `options` go to `resampled`.
+def exponent_band(resamples: Sequence[Vertices], *, level: float = 0.95) -> tuple[float, float]:
+    """The interval of the exponent of N* over vertices that were `resampled`.
 
-    Raises ValueError if no resample leaves two budgets with a vertex.
+    Raises ValueError if none of them has two budgets with a vertex.
     """
     exponents = [
-        power_law(found.flops, found.size).exponent
-        for found in resampled(flops, sizes, losses, noise, **options)
-        if len(found.flops) > 1
+        power_law(found.flops, found.size).exponent for found in resamples if len(found.flops) > 1
     ]
     if not exponents:
         raise ValueError(
-            f"no resample of {len(np.unique(flops))} budgets left two with a vertex; add budgets, or "
-            "sizes beyond the lowest losses."
+            "no resample of the budgets left two with a vertex; add budgets, or sizes beyond the lowest "
+            "losses."
         )
     tail = (1 - level) / 2
     low, high = np.quantile(exponents, (tail, 1 - tail))

@@ -22,14 +22,13 @@ import grid
 import numpy as np
 
 from effarch import experiment_record, experiment_runs
-from effarch.scaling import isoflop, multiplier, statistics, tables
+from effarch.scaling import isoflop, isoflop_figure, optima, statistics, tables
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results/runs.json"
 CELL = ("layers", "width", "flops", "seed")
 NOISE = 0.005
 """Bits per byte between seeds, where there are none to tell."""
-RESAMPLES = 400
 SIZES = {"params_matmul": "with the head", "params_non_embedding": "without"}
 COLUMNS = (*SIZES, "tokens", "flops_model", "flops_6nd", "steps", "seconds")
 
@@ -119,57 +118,48 @@ def _flags(options: argparse.Namespace, seed: int, **cell) -> list[str]:
     return given + [f"--trunk={folder}" for folder in trunks[-1:]]
 
 
-def _means(found: list[dict], layers: str) -> tables.Table:
-    """Every width at every budget: its columns, and the loss as mean over seeds."""
-    rows = [row for row in found if row["layers"] == layers]
-    cells = dict.fromkeys((row["flops"], row["width"]) for row in rows)
-    means = [
-        {
-            name: np.mean([r[name] for r in rows if (r["flops"], r["width"]) == cell])
-            for name in ("flops", "loss", *COLUMNS)
-        }
-        for cell in cells
-    ]
-    return {name: np.array([row[name] for row in means]) for name in ("flops", "loss", *COLUMNS)}
+def _optima(found: list[dict], size: str = "params_matmul") -> tuple[dict, float]:
+    """Architecture -> its optima where `size` counts the parameters; the noise between seeds."""
+    averaged = {}
+    for layers in grid.LAYERS:
+        if rows := [row for row in found if row["layers"] == layers]:
+            columns = {x: np.array([row[x] for row in rows]) for x in ("flops", "loss", *COLUMNS)}
+            averaged[layers] = optima.averaged(columns | {"size": columns[size]})
+    spreads = [std for _, std in averaged.values() if np.isfinite(std)]
+    noise = float(np.sqrt(np.mean(np.square(spreads)))) if spreads else NOISE
+    found = {
+        layers: optima.find(runs, noise, seed=number)
+        for number, (layers, (runs, _)) in enumerate(averaged.items())
+    }
+    return found, noise
 
 
-def _noise(found: list[dict]) -> float:
-    """The standard deviation between seeds, pooled over the cells that have several."""
-    cells: dict[tuple, list[float]] = {}
-    for row in found:
-        cells.setdefault((row["layers"], row["width"], row["flops"]), []).append(row["loss"])
-    variances = [np.var(losses, ddof=1) for losses in cells.values() if len(losses) > 1]
-    return float(np.sqrt(np.mean(variances))) if variances else NOISE
-
-
-def _at_optimum(runs: tables.Table, best: isoflop.Vertices, name: str) -> np.ndarray:
+def _at_optimum(found: optima.Optima, name: str) -> np.ndarray:
     """A column at N* of each budget, between its runs in logarithms [budgets]."""
-    found = []
-    for flops, size in zip(best.flops, best.size):
-        rows = tables.where(runs, flops=flops)
-        order = np.argsort(rows["params_matmul"])
-        sizes, values = (np.log(rows[column][order]) for column in ("params_matmul", name))
-        found.append(np.exp(np.interp(np.log(size), sizes, values)))
-    return np.array(found)
+    values = []
+    for flops, size in zip(found.best.flops, found.best.size):
+        rows = tables.where(found.runs, flops=flops)
+        order = np.argsort(rows["size"])
+        sizes, column = (np.log(rows[x][order]) for x in ("size", name))
+        values.append(np.exp(np.interp(np.log(size), sizes, column)))
+    return np.array(values)
 
 
-def _exponents(runs: tables.Table, noise: float) -> dict[str, list[float]]:
-    """What N counts and what C -> the exponent of N* = k C^a, with its band where it has one."""
-    found = {}
-    for name, text in SIZES.items():
-        columns = (runs["flops"], runs[name], runs["loss"])
-        best = isoflop.vertices(*columns)
-        if len(best.flops) < 2:
-            return {}
-        band = isoflop.exponent_band(
-            *columns, lambda losses: np.full(len(losses), noise), resamples=RESAMPLES
-        )
-        law = isoflop.power_law(best.flops, best.size)
-        found[f"N {text}, C of the model"] = [law.exponent, *band]
-    best = isoflop.vertices(runs["flops"], runs["params_matmul"], runs["loss"])
-    law = isoflop.power_law(_at_optimum(runs, best, "flops_6nd"), best.size)
-    found["N with the head, C = 6 N D"] = [law.exponent]
-    return found
+def _exponents(found: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """Architecture -> what N and C count -> a of N* = k C^a, with its band where it has one."""
+    exponents = {layers: {} for layers in grid.LAYERS}
+    for size, text in SIZES.items():
+        for layers, each in _optima(found, size)[0].items():
+            if law := each.law():
+                exponents[layers][f"N {text}, C of the model"] = [
+                    law.exponent,
+                    *each.exponent_band(),
+                ]
+    for layers, each in _optima(found)[0].items():
+        if each.law():
+            law = isoflop.power_law(_at_optimum(each, "flops_6nd"), each.best.size)
+            exponents[layers]["N with the head, C = 6 N D"] = [law.exponent]
+    return exponents
 
 
 def _write(rows: list[dict], options: argparse.Namespace) -> None:
@@ -183,26 +173,20 @@ def _write(rows: list[dict], options: argparse.Namespace) -> None:
 
 
 def _make(found: list[dict]) -> None:
-    noise, readme = _noise(found), HERE / "README.md"
-    runs = {layers: _means(found, layers) for layers in grid.LAYERS}
-    runs = {layers: table for layers, table in runs.items() if tables.num_rows(table)}
-    best = {
-        layers: isoflop.vertices(table["flops"], table["params_matmul"], table["loss"])
-        for layers, table in runs.items()
-    }
-    exponents = {layers: _exponents(table, noise) for layers, table in runs.items()}
+    readme, (best, noise), exponents = HERE / "README.md", _optima(found), _exponents(found)
     results = {"noise": noise, "exponents": exponents, "runs": found}
     experiment_record.write_json(RESULTS, results)
     header = ["FLOPs", "width", "N", *grid.LAYERS, "hybrid - transformer"]
-    experiment_record.write_table(readme, "losses", header, _loss_rows(found, runs))
+    experiment_record.write_table(readme, "losses", header, _loss_rows(found))
     header = ["FLOPs", "architecture", "N*", "D*", "D* / N*", "bits per byte at N*"]
-    rows = [row for layers in runs for row in _vertex_rows(layers, runs[layers], best[layers])]
+    rows = [row for layers, each in best.items() for row in _vertex_rows(layers, each)]
     experiment_record.write_table(readme, "vertices", header, rows)
-    experiment_record.write_text(readme, "verdict", _verdict(found, runs, best, exponents, noise))
-    _draw(runs, best)
+    experiment_record.write_text(readme, "verdict", _verdict(found, best, exponents, noise))
+    axes = {"size": "parameters with the head", "loss": "bits per byte, held out"}
+    isoflop_figure.draw(HERE / "figures/isoflop.png", best, **axes)
 
 
-def _loss_rows(found: list[dict], runs: dict[str, tables.Table]) -> list[list[str]]:
+def _loss_rows(found: list[dict]) -> list[list[str]]:
     rows = []
     for flops, width in sorted({(row["flops"], row["width"]) for row in found}):
         cell = {"flops": flops, "width": width}
@@ -215,39 +199,16 @@ def _loss_rows(found: list[dict], runs: dict[str, tables.Table]) -> list[list[st
     return rows
 
 
-def _vertex_rows(layers: str, runs: tables.Table, best: isoflop.Vertices) -> list[list[str]]:
-    tokens = _at_optimum(runs, best, "tokens")
+def _vertex_rows(layers: str, found: optima.Optima) -> list[list[str]]:
+    best = found.best
     rows = [
         [f"{c:.0e}", layers, f"{n / 1e6:.2f}M", f"{d / 1e6:.1f}M", f"{d / n:.0f}", f"{loss:.4f}"]
-        for c, n, d, loss in zip(best.flops, best.size, tokens, best.loss)
+        for c, n, d, loss in zip(best.flops, best.size, _at_optimum(found, "tokens"), best.loss)
     ]
     return rows + [[f"{flops:.0e}", layers, "not inside", *[""] * 3] for flops in best.dropped]
 
 
-def _multipliers(runs: dict[str, tables.Table], best: dict, noise: float) -> list[str]:
-    """Where both architectures have enough budgets: the FLOPs for each loss of the transformer's."""
-    if len(best) < 2 or min(len(x.flops) for x in best.values()) < multiplier.LEAST:
-        return []
-    first, second = best["hybrid"], best["transformer"]
-    samples = [
-        isoflop.resampled(
-            *(runs[layers][name] for name in ("flops", "params_matmul", "loss")),
-            lambda losses: np.full(len(losses), noise),
-            resamples=RESAMPLES,
-            seed=seed,
-        )
-        for seed, layers in enumerate(("hybrid", "transformer"))
-    ]
-    found = []
-    for flops, loss in zip(second.flops, second.loss):
-        if first.loss.min() <= loss <= first.loss.max():
-            ratio = multiplier.compute_multiplier(first, second, loss)
-            low, high = multiplier.band(*samples, loss)
-            found.append(f"{ratio:.2f} ({low:.2f} to {high:.2f}) at its loss with {flops:.0e}")
-    return [f"The transformer needs so many times the hybrid's FLOPs: {', '.join(found)}."]
-
-
-def _verdict(found: list[dict], runs: dict, best: dict, exponents: dict, noise: float) -> str:
+def _verdict(found: list[dict], best: dict, exponents: dict, noise: float) -> str:
     pairs = [[], []]
     for flops, width in sorted({(row["flops"], row["width"]) for row in found}):
         cells = ({"layers": x, "flops": flops, "width": width} for x in grid.LAYERS)
@@ -267,46 +228,28 @@ def _verdict(found: list[dict], runs: dict, best: dict, exponents: dict, noise: 
     if len(pairs[0]) > 1:
         told = statistics.verdict(*map(np.array, pairs), names=tuple(grid.LAYERS))
         sentences.append(f"At equal FLOPs and sizes, in bits per byte: {told}.")
-    both = set.intersection(*(set(x.flops) for x in best.values())) if len(best) > 1 else set()
-    for flops in sorted(both):
-        first, second = (float(x.loss[x.flops == flops][0]) for x in best.values())
-        gap = second - first
-        sentences.append(f"Each at its best size for {flops:.0e} FLOPs: hybrid {gap:+.4f}.")
-    sentences += _multipliers(runs, best, noise)
+    if len(best) > 1:
+        sentences += _at_best(*(best[layers] for layers in grid.LAYERS))
     return " ".join(sentences) + f" Bands are 95 %, for {noise:.4f} bits per byte between seeds."
 
 
-def _draw(runs: dict[str, tables.Table], best: dict[str, isoflop.Vertices]) -> None:
-    styles = {"transformer": ("o", "-"), "hybrid": ("s", "--")}
-    with experiment_record.panels(HERE / "figures/isoflop.png", 2, size=(10, 4)) as (left, right):
-        for layers, table in runs.items():
-            marker, line = styles[layers]
-            for index, flops in enumerate(grid.BUDGETS):
-                rows = tables.where(table, flops=flops)
-                if not tables.num_rows(rows):
-                    continue
-                label = f"{layers}, {flops:.0e} FLOPs"
-                style = dict(color=f"C{index}", marker=marker, ms=4, ls="", mfc="none")
-                left.plot(rows["params_matmul"], rows["loss"], label=label, **style)
-            found = best[layers]
-            for flops, size, loss, curvature in zip(
-                found.flops, found.size, found.loss, found.curvature
-            ):
-                across = np.geomspace(size / 4, size * 4, 60)
-                color = f"C{list(grid.BUDGETS).index(flops)}"
-                curve = loss + curvature * np.log(across / size) ** 2
-                left.plot(across, curve, color=color, ls=line, lw=1)
-            right.plot(found.flops, found.size, marker, color="C3", mfc="none", label=layers)
-            if len(found.flops) > 1:
-                law = isoflop.power_law(found.flops, found.size)
-                label = f"{layers}: a = {law.exponent:.2f}"
-                right.plot(found.flops, law(found.flops), color="C3", ls=line, lw=1, label=label)
-        left.set(xlabel="parameters with the head", ylabel="bits per byte, held out", xscale="log")
-        left.legend(frameon=False, fontsize=7)
-        right.set(xlabel="training FLOPs", ylabel="best size N*")
-        if any(len(found.flops) for found in best.values()):
-            right.set(xscale="log", yscale="log")
-            right.legend(frameon=False, fontsize=8)
+def _at_best(transformer: optima.Optima, hybrid: optima.Optima) -> list[str]:
+    """The difference at equal FLOPs, each at its best size; the FLOPs for equal losses."""
+    budgets, rows, others = np.intersect1d(
+        transformer.best.flops, hybrid.best.flops, return_indices=True
+    )
+    gaps = hybrid.best.loss[others] - transformer.best.loss[rows]
+    shown = ", ".join(f"{gap:+.4f} with {flops:.0e}" for flops, gap in zip(budgets, gaps))
+    found = [f"Each at its best size, the hybrid less the transformer: {shown}."] if shown else []
+    ratios = [
+        f"{x.ratio:.2f} ({x.band[0]:.2f} to {x.band[1]:.2f}) at its loss with {x.flops:.0e}"
+        for x in optima.savings(hybrid, transformer)
+    ]
+    if ratios:
+        found.append(
+            f"The transformer needs so many times the hybrid's FLOPs: {', '.join(ratios)}."
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def _step(points: tables.Table, fits: tables.Table, step: dict[str, str]) -> dic
     columns = (runs["flops"], runs["n"], runs["loss"])
     found = isoflop.vertices(*columns, min_side=1)
     parabola = isoflop.power_law(found.flops, found.size)
-    low, high = isoflop.exponent_band(*columns, noise, min_side=1, resamples=500)
+    resamples = isoflop.resampled(*columns, noise, min_side=1, resamples=500)
+    low, high = isoflop.exponent_band(resamples)
     strict = isoflop.vertices(*columns, min_side=2)
     akima, budgets = _akima(*columns)
     return {

@@ -1,5 +1,7 @@
 """IsoFLOP vertices, envelope and power laws on curves whose optimum is known."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -87,17 +89,15 @@ def test_power_law_weights_and_standard_error():
 
 
 def test_exponent_band_widens_with_the_noise():
-    columns = runs()
-    same = isoflop.exponent_band(*columns, no_noise, resamples=3)
-    assert same == pytest.approx((0.5, 0.5))
-    small, large = (
-        isoflop.exponent_band(*columns, lambda x, s=s: np.full(len(x), s), resamples=60)
-        for s in (0.002, 0.01)
-    )
+    def band(columns, std, resamples=60):
+        noise = functools.partial(np.full_like, fill_value=std)
+        return isoflop.exponent_band(isoflop.resampled(*columns, noise, resamples=resamples))
+
+    assert band(runs(), 0.0, 3) == pytest.approx((0.5, 0.5))
+    small, large = band(runs(), 0.002), band(runs(), 0.01)
     assert large[0] < small[0] < 0.5 < small[1] < large[1]
-    one_budget = runs(budgets=(1e16,))
-    with pytest.raises(ValueError, match="no resample of 1 budgets left two with a vertex"):
-        isoflop.exponent_band(*one_budget, no_noise, resamples=3)
+    with pytest.raises(ValueError, match="no resample of the budgets left two with a vertex"):
+        band(runs(budgets=(1e16,)), 0.0)
 
 
 def test_akima_optimum():

@@ -52,6 +52,7 @@ _KNOWN = {
         "skipped_steps",
         "resumes",
         "status",
+        "optimizer_state_bytes",
     ),
     *("gzip_bits_per_byte", "xz_bits_per_byte", "tokens_per_second", "mfu", "hfu"),
 }
@@ -239,6 +240,11 @@ def _cost_rows(runs: Sequence[Run]) -> list[Row]:
         row("Tokens per second", lambda run: run.typical("tokens_per_second"), formatting.count),
         row("Model FLOP utilization", lambda run: run.typical("mfu"), "{:.1%}".format),
         row("Hardware FLOP utilization", lambda run: run.typical("hfu"), "{:.1%}".format),
+        row(
+            "Optimizer state",
+            lambda run: run.figure("optimizer_state_bytes"),
+            lambda size: f"{formatting.count(size)}B",
+        ),
         row("Wall-clock", lambda run: run.figure("seconds"), formatting.duration),
         row("Compilation", lambda run: run.figure("compile_seconds"), formatting.duration),
         ("Device", [_text(run.summary.get("device") or "") for run in runs]),

@@ -99,6 +99,7 @@ _SUMMARY = {
     "gzip_bits_per_byte": 2.5,
     "skipped_steps": 3,
     "resumes": 2,
+    "optimizer_state_bytes": 948760,
     "note_of_mine": 17,
 }
 
@@ -127,6 +128,7 @@ def test_a_finished_run(tmp_path):
     assert page.rows["Skipped steps"] == ["3"]
     assert page.rows["Resumed"] == ["2 times"]
     assert page.rows["Config fingerprint"] == ["f00d"]
+    assert page.rows["Optimizer state"] == ["949kB"]
     assert page.rows["note_of_mine"] == ["17"]
     texts = "\n".join(page.texts)
     for title in ("Training loss", "Validation loss", "Validation, bits per byte", "Learning rate"):

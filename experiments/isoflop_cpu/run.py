@@ -6,8 +6,8 @@ Finished runs in --runs are kept, and so are the rows of results/runs.json, so t
 share the work. Every run is written when it is finished: the smallest budget first, of each its middle
 widths. A run goes on where the run of the same model on the budget before began its decay
 (effarch/training/trunk.py), if its folder is there. A budget gets further widths until two lie on either
-side of the lowest loss. Seeds after the first are for the middle width of the smallest budget, for the
-noise. --write_only trains nothing. Two processes may train an architecture each in one folder of runs.
+side of the lowest loss. Seeds after the first are for the middle width of every budget but the largest,
+for the noise. --write_only trains nothing. Two processes may train an architecture each in one folder of runs.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def _missing(flops: float, options: argparse.Namespace) -> dict[str, dict]:
     further = {layers: _further(rows, layers, planned[layers]) for layers in options.layers}
     found = {}
     for widths in (planned, further):
-        seeds = options.seeds if flops == min(grid.BUDGETS) else 1
+        seeds = options.seeds if flops < max(grid.BUDGETS) else 1
         cells = {_name(**cell): cell for cell in _cells(flops, widths, seeds)}
         found = found or {name: cell for name, cell in cells.items() if name not in names}
     return found

@@ -7,7 +7,8 @@ share the work. Every run is written when it is finished: the smallest budget fi
 widths. A run goes on where the run of the same model on the budget before began its decay
 (effarch/training/trunk.py), if its folder is there. A budget gets further widths until two lie on either
 side of the lowest loss. Seeds after the first are for the middle width of every budget but the largest,
-for the noise. --write_only trains nothing. Two processes may train an architecture each in one folder of runs.
+for the noise. --write_only trains nothing. Two processes may train an architecture each in one folder of
+runs.
 """
 
 import argparse

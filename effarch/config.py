@@ -218,11 +218,11 @@ def completed(config: ConfigDict) -> ConfigDict:
 
 def _defaults(fields: dict) -> dict:
     """The fields of the default config, with the blocks of `fields` at the defaults of their kinds."""
-    found = _default_fields()
+    found, kinds = _default_fields(), {**mixers.KINDS, **ffns.KINDS}
     blocks = dict(found["model"]["blocks"])
     for name, section in fields.get("model", {}).get("blocks", {}).items():
         kind = section.get("kind") if isinstance(section, dict) else None
-        blocks[name] = _block_fields(kind) if kind in {**mixers.KINDS, **ffns.KINDS} else {}
+        blocks[name] = _block_fields(kind) if kind in kinds else {}
     return found | {"model": found["model"] | {"blocks": blocks}}
 
 
@@ -237,6 +237,7 @@ def _block_fields(kind: str) -> dict:
 
 
 def _with_missing(fields: dict, known: dict) -> dict:
+    """The fields, and those of `known` that they lack."""
     both = {
         name: _with_missing(fields[name], value)
         for name, value in known.items()

@@ -47,33 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", metavar="FILE", help="writes a PNG of the curves")
     flags = parser.parse_args(arguments)
     try:
-        found, noise = _optima(flags)
+        columns = COLUMNS | names.pairs(flags.columns, "--columns")
+        found, noise = _optima(flags, columns)
         print(json.dumps(_content(found, noise), indent=1))
         if flags.figure:
-            _draw(flags.figure, found, flags.columns)
+            _draw(flags.figure, found, columns)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
-def _optima(flags: argparse.Namespace) -> tuple[dict[str, optima.Optima], float | None]:
+def _optima(
+    flags: argparse.Namespace, columns: dict[str, str]
+) -> tuple[dict[str, optima.Optima], float | None]:
     """Name -> optima of each file; the noise behind their bands, None without."""
     if flags.min_side < 1 or flags.resamples < 1:
         raise ValueError(
             f"--min_side={flags.min_side} and --resamples={flags.resamples} must be at least 1."
         )
-    averaged = {
-        name: optima.averaged(_read(path, flags.columns)) for name, path in _named(flags.csv)
-    }
-    spreads = [std for _, std in averaged.values() if np.isfinite(std)]
-    noise = flags.noise
-    if noise is None and spreads:
-        noise = float(np.sqrt(np.mean(np.square(spreads))))
-    options = {"min_side": flags.min_side, "resamples": flags.resamples if noise else 1}
-    found = {
-        name: optima.find(runs, noise or 0.0, seed=seed, **options)
-        for seed, (name, (runs, _)) in enumerate(averaged.items())
-    }
-    return found, noise
+    groups = {name: _read(path, columns) for name, path in _named(flags.csv)}
+    options = {"min_side": flags.min_side, "resamples": flags.resamples}
+    return optima.find(groups, flags.noise, **options)
 
 
 def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
@@ -88,14 +81,13 @@ def _named(paths: Sequence[str]) -> list[tuple[str, str]]:
     return list(zip(found, paths))
 
 
-def _read(path: str, columns: str) -> dict[str, np.ndarray]:
+def _read(path: str, columns: dict[str, str]) -> dict[str, np.ndarray]:
     """The three columns of the runs that have all; FLOPs are those of their budgets."""
-    wanted = COLUMNS | names.pairs(columns, "--columns")
-    names.refuse_unknown(wanted, COLUMNS, "--columns")
+    names.refuse_unknown(columns, COLUMNS, "--columns")
     table = tables.read_csv(path)
-    for column in wanted.values():
+    for column in columns.values():
         names.lookup(table, column, f"{path}: column")
-    runs = {name: tables.numbers(table, column) for name, column in wanted.items()}
+    runs = {name: tables.numbers(table, column) for name, column in columns.items()}
     runs = tables.take(runs, np.all([np.isfinite(x) for x in runs.values()], axis=0))
     if not tables.num_rows(runs):
         raise ValueError(f"{path} holds no finished run; train some, then --collect the sweep.")
@@ -106,16 +98,16 @@ def _content(found: dict[str, optima.Optima], noise: float | None) -> dict:
     first = next(iter(found))
     return {
         "noise": noise,
-        "architectures": {name: _one(each, noise) for name, each in found.items()},
+        "architectures": {name: _one(each) for name, each in found.items()},
         f"flops_for_the_loss_over_{first}": {
-            name: [_saving(saving, noise) for saving in optima.savings(found[first], each)]
+            name: [vars(saving) for saving in optima.savings(found[first], each)]
             for name, each in found.items()
             if name != first
         },
     }
 
 
-def _one(found: optima.Optima, noise: float | None) -> dict:
+def _one(found: optima.Optima) -> dict:
     best, law = found.best, found.law()
     columns = ("flops", "size", "loss")
     content = {
@@ -127,20 +119,15 @@ def _one(found: optima.Optima, noise: float | None) -> dict:
     }
     if law:
         content |= {"exponent": law.exponent, "coefficient": law.coefficient}
-    if law and noise:
-        content["exponent_95"] = found.exponent_band()
+    if law and found.resampled:
+        content["exponent_95"] = isoflop.exponent_band(found.resampled)
     return content
 
 
-def _saving(saving: optima.Saving, noise: float | None) -> dict:
-    return {name: value for name, value in vars(saving).items() if noise or name != "band"}
+def _draw(path: str, found: dict[str, optima.Optima], columns: dict[str, str]) -> None:
+    from effarch.scaling import isoflop_figure  # the plots' library takes a second to load
 
-
-def _draw(path: str, found: dict[str, optima.Optima], columns: str) -> None:
-    from effarch.scaling import isoflop_figure
-
-    wanted = COLUMNS | names.pairs(columns, "--columns")
-    isoflop_figure.draw(path, found, size=wanted["size"], loss=wanted["loss"])
+    isoflop_figure.draw(path, found, size=columns["size"], loss=columns["loss"])
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def pairs(text: str, flag: str) -> dict[str, str]:
     """`a=x,b=y` as a dict."""
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    for name, equals, value in pairs:
+    parts = [part.partition("=") for part in text.split(",") if part]
+    for name, equals, value in parts:
         if not (name and equals and value):
             raise ValueError(f"{flag}: {name!r} has no value; write {flag}=NAME=VALUE,...")
-    return {name: value for name, _, value in pairs}
+    return {name: value for name, _, value in parts}
 
 
 def glob(pattern: str) -> re.Pattern:

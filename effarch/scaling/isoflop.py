@@ -149,8 +149,8 @@ def resampled(
     ]
 
 
-def exponent_band(resamples: Sequence[Vertices], *, level: float = 0.95) -> tuple[float, float]:
-    """The interval of the exponent of N* over vertices that were `resampled`.
+def exponent_band(resamples: Sequence[Vertices]) -> tuple[float, float]:
+    """The 95 % interval of the exponent of N* over vertices that were `resampled`.
 
     Raises ValueError if none of them has two budgets with a vertex.
     """
@@ -162,8 +162,7 @@ def exponent_band(resamples: Sequence[Vertices], *, level: float = 0.95) -> tupl
             "no resample of the budgets left two with a vertex; add budgets, or sizes beyond the lowest "
             "losses."
         )
-    tail = (1 - level) / 2
-    low, high = np.quantile(exponents, (tail, 1 - tail))
+    low, high = np.quantile(exponents, (0.025, 0.975))
     return float(low), float(high)
 
 

@@ -37,10 +37,8 @@ def compute_multiplier(first: Curve, second: Curve, loss: float) -> float:
     return _ratio((first, second), loss)
 
 
-def band(
-    firsts: Iterable[Curve], seconds: Iterable[Curve], loss: float, *, level: float = 0.95
-) -> tuple[float, float]:
-    """The interval of the multiplier over pairs of resampled curves (`isoflop.resampled`).
+def band(firsts: Iterable[Curve], seconds: Iterable[Curve], loss: float) -> tuple[float, float]:
+    """The 95 % interval of the multiplier over pairs of resampled curves (`isoflop.resampled`).
 
     Pairs that lost a budget's vertex to the noise, so that fewer than three are left, do not count.
     """
@@ -51,8 +49,7 @@ def band(
     ]
     if not ratios:
         raise ValueError(f"no pair of resampled curves has {LEAST} budgets each; add budgets.")
-    tail = (1 - level) / 2
-    low, high = np.quantile(ratios, (tail, 1 - tail))
+    low, high = np.quantile(ratios, (0.025, 0.975))
     return float(low), float(high)
 
 

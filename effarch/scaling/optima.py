@@ -5,6 +5,7 @@ A table of runs has the columns flops, size and loss; runs of one budget have eq
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -19,7 +20,7 @@ class Optima:
     """One row a budget and size."""
     best: isoflop.Vertices
     resampled: list[isoflop.Vertices]
-    """The same under the noise between seeds."""
+    """The same under the noise between seeds; [] where it is not known."""
 
     def law(self) -> isoflop.PowerLaw | None:
         """N* = k C^a; None with fewer than two budgets that have an optimum."""
@@ -27,39 +28,42 @@ class Optima:
             isoflop.power_law(self.best.flops, self.best.size) if len(self.best.flops) > 1 else None
         )
 
-    def exponent_band(self, level: float = 0.95) -> tuple[float, float]:
-        """Of a. Raises ValueError if no resample leaves two budgets with an optimum."""
-        return isoflop.exponent_band(self.resampled, level=level)
-
-
-def averaged(runs: tables.Table) -> tuple[tables.Table, float]:
-    """(the runs of a budget and size as one, their mean; the standard deviation between seeds).
-
-    The deviation is pooled over all budgets and sizes with several runs; nan if there are none.
-    """
-    cells = np.stack([runs["flops"], runs["size"]], axis=1)
-    _, first, place = np.unique(cells, axis=0, return_index=True, return_inverse=True)
-    counts = np.bincount(place.ravel())
-    means = {name: np.bincount(place.ravel(), column) / counts for name, column in runs.items()}
-    means |= {name: runs[name][first] for name in ("flops", "size")}
-    squares = np.sum((runs["loss"] - means["loss"][place.ravel()]) ** 2)
-    freedom = np.sum(counts - 1)
-    return means, float(np.sqrt(squares / freedom)) if freedom else np.nan
-
 
 def find(
-    runs: tables.Table, noise: float, *, min_side: int = 2, resamples: int = 400, seed: int = 0
-) -> Optima:
-    """The optima of averaged runs, and again with `noise` on every loss, a standard deviation."""
-    columns = (runs["flops"], runs["size"], runs["loss"])
-    resampled = isoflop.resampled(
-        *columns,
-        lambda losses: np.full(len(losses), noise),
-        min_side=min_side,
-        resamples=resamples,
-        seed=seed,
-    )
-    return Optima(runs, isoflop.vertices(*columns, min_side=min_side), resampled)
+    groups: Mapping[str, tables.Table],
+    noise: float | None = None,
+    *,
+    min_side: int = 2,
+    resamples: int = 400,
+) -> tuple[dict[str, Optima], float | None]:
+    """(architecture -> its optima, the noise behind their bands).
+
+    Runs of one budget and size are seeds, and are averaged. `noise` is the standard deviation of the
+    loss between seeds, by default that of the runs; None where there are none, without `resampled`.
+    """
+    averaged = {name: _averaged(runs) for name, runs in groups.items()}
+    if noise is None:
+        squares, freedom = np.sum([seeds for _, seeds in averaged.values()], axis=0)
+        noise = float(np.sqrt(squares / freedom)) if freedom else None
+    found = {}
+    for seed, (name, (runs, _)) in enumerate(averaged.items()):
+        columns = (runs["flops"], runs["size"], runs["loss"])
+        best = isoflop.vertices(*columns, min_side=min_side)
+        draws = {"resamples": resamples if noise else 0, "seed": seed, "min_side": min_side}
+        spread = isoflop.resampled(*columns, lambda x: np.full(len(x), noise or 0.0), **draws)
+        found[name] = Optima(runs, best, spread)
+    return found, noise
+
+
+def _averaged(runs: tables.Table) -> tuple[tables.Table, tuple[float, int]]:
+    """(the means of seeds; the squares of their losses' distances from them, degrees of freedom)."""
+    cells = np.stack([runs["flops"], runs["size"]], axis=1)
+    _, first, place = np.unique(cells, axis=0, return_index=True, return_inverse=True)
+    place, counts = place.ravel(), np.bincount(place.ravel())
+    means = {name: np.bincount(place, column) / counts for name, column in runs.items()}
+    means |= {name: runs[name][first] for name in ("flops", "size")}
+    squares = np.sum((runs["loss"] - means["loss"][place]) ** 2)
+    return means, (float(squares), int(np.sum(counts - 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Saving:
     flops: float
     """Of the second, whose best model has this loss."""
     ratio: float
-    band: tuple[float, float]
+    band: tuple[float, float] | None
+    """Of the ratio, 95 %; None where the noise is not known."""
 
 
 def savings(first: Optima, second: Optima) -> list[Saving]:
@@ -83,7 +88,7 @@ def savings(first: Optima, second: Optima) -> list[Saving]:
             float(loss),
             float(flops),
             multiplier.compute_multiplier(first.best, second.best, loss),
-            multiplier.band(first.resampled, second.resampled, loss),
+            multiplier.band(first.resampled, second.resampled, loss) if first.resampled else None,
         )
         for flops, loss in zip(second.best.flops, second.best.loss)
         if covered.min() <= loss <= covered.max()

@@ -119,20 +119,15 @@ def _flags(options: argparse.Namespace, seed: int, **cell) -> list[str]:
     return given + [f"--trunk={folder}" for folder in trunks[-1:]]
 
 
-def _optima(found: list[dict], size: str = "params_matmul") -> tuple[dict, float]:
+def _optima(found: list[dict], size: str) -> tuple[dict[str, optima.Optima], float]:
     """Architecture -> its optima where `size` counts the parameters; the noise between seeds."""
-    averaged = {}
+    groups = {}
     for layers in grid.LAYERS:
         if rows := [row for row in found if row["layers"] == layers]:
             columns = {x: np.array([row[x] for row in rows]) for x in ("flops", "loss", *COLUMNS)}
-            averaged[layers] = optima.averaged(columns | {"size": columns[size]})
-    spreads = [std for _, std in averaged.values() if np.isfinite(std)]
-    noise = float(np.sqrt(np.mean(np.square(spreads)))) if spreads else NOISE
-    found = {
-        layers: optima.find(runs, noise, seed=number)
-        for number, (layers, (runs, _)) in enumerate(averaged.items())
-    }
-    return found, noise
+            groups[layers] = columns | {"size": columns[size]}
+    several = any(row["seed"] for row in found)
+    return optima.find(groups, None if several else NOISE)
 
 
 def _at_optimum(found: optima.Optima, name: str) -> np.ndarray:
@@ -146,17 +141,18 @@ def _at_optimum(found: optima.Optima, name: str) -> np.ndarray:
     return np.array(values)
 
 
-def _exponents(found: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """Architecture -> what N and C count -> a of N* = k C^a, with its band where it has one."""
+def _exponents(best: dict[str, dict[str, optima.Optima]]) -> dict[str, dict[str, list[float]]]:
+    """Architecture -> what N and C count -> a of N* = k C^a, with its band where it has one.
+
+    `best`: what N counts -> architecture -> its optima.
+    """
     exponents = {layers: {} for layers in grid.LAYERS}
     for size, text in SIZES.items():
-        for layers, each in _optima(found, size)[0].items():
+        for layers, each in best[size].items():
             if law := each.law():
-                exponents[layers][f"N {text}, C of the model"] = [
-                    law.exponent,
-                    *each.exponent_band(),
-                ]
-    for layers, each in _optima(found)[0].items():
+                band = isoflop.exponent_band(each.resampled)
+                exponents[layers][f"N {text}, C of the model"] = [law.exponent, *band]
+    for layers, each in best["params_matmul"].items():
         if each.law():
             law = isoflop.power_law(_at_optimum(each, "flops_6nd"), each.best.size)
             exponents[layers]["N with the head, C = 6 N D"] = [law.exponent]
@@ -174,7 +170,10 @@ def _write(rows: list[dict], options: argparse.Namespace) -> None:
 
 
 def _make(found: list[dict]) -> None:
-    readme, (best, noise), exponents = HERE / "README.md", _optima(found), _exponents(found)
+    readme = HERE / "README.md"
+    counted = {size: _optima(found, size) for size in SIZES}
+    exponents = _exponents({size: each for size, (each, _) in counted.items()})
+    best, noise = counted["params_matmul"]
     results = {"noise": noise, "exponents": exponents, "runs": found}
     experiment_record.write_json(RESULTS, results)
     header = ["FLOPs", "width", "N", *grid.LAYERS, "hybrid - transformer"]

@@ -18,20 +18,15 @@ import json
 import math
 import pathlib
 
+import context
 import filelock
 import grid
-import numpy as np
+import page
 
-from effarch import experiment_record, experiment_runs
-from effarch.scaling import isoflop, isoflop_figure, optima, statistics, tables
+from effarch import experiment_runs
 
 HERE = pathlib.Path(__file__).resolve().parent
-RESULTS = HERE / "results/runs.json"
 CELL = ("layers", "width", "flops", "seed")
-NOISE = 0.005
-"""Bits per byte between seeds, where there are none to tell."""
-SIZES = {"params_matmul": "with the head", "params_non_embedding": "without"}
-COLUMNS = (*SIZES, "tokens", "flops_model", "flops_6nd", "steps", "seconds")
 
 
 def main() -> None:
@@ -49,16 +44,21 @@ def main() -> None:
 
 
 def _known() -> list[dict]:
-    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+    return json.loads(page.RESULTS.read_text())["runs"] if page.RESULTS.exists() else []
 
 
 def _finished(cells: dict[str, dict], options: argparse.Namespace) -> list[dict]:
     """Trains what is missing of these cells; a row of each that is finished."""
     training = functools.partial(_flags, options)
     return [
-        cell | {name: summary[name] for name in COLUMNS} | {"loss": summary["val/bits_per_byte"]}
-        for cell, _, summary in experiment_runs.finished(cells, training, options)
+        _row(cell, folder, summary)
+        for cell, folder, summary in experiment_runs.finished(cells, training, options)
     ]
+
+
+def _row(cell: dict, folder: pathlib.Path, summary: dict) -> dict:
+    columns = {name: summary[name] for name in page.COLUMNS}
+    return cell | columns | {"loss": summary["val/bits_per_byte"]} | context.measures(folder)
 
 
 def _missing(flops: float, options: argparse.Namespace) -> dict[str, dict]:
@@ -119,46 +119,6 @@ def _flags(options: argparse.Namespace, seed: int, **cell) -> list[str]:
     return given + [f"--trunk={folder}" for folder in trunks[-1:]]
 
 
-def _optima(found: list[dict], size: str) -> tuple[dict[str, optima.Optima], float]:
-    """Architecture -> its optima where `size` counts the parameters; the noise between seeds."""
-    groups = {}
-    for layers in grid.LAYERS:
-        if rows := [row for row in found if row["layers"] == layers]:
-            columns = {x: np.array([row[x] for row in rows]) for x in ("flops", "loss", *COLUMNS)}
-            groups[layers] = columns | {"size": columns[size]}
-    several = any(row["seed"] for row in found)
-    return optima.find(groups, None if several else NOISE)
-
-
-def _at_optimum(found: optima.Optima, name: str) -> np.ndarray:
-    """A column at N* of each budget, between its runs in logarithms [budgets]."""
-    values = []
-    for flops, size in zip(found.best.flops, found.best.size):
-        rows = tables.where(found.runs, flops=flops)
-        order = np.argsort(rows["size"])
-        sizes, column = (np.log(rows[x][order]) for x in ("size", name))
-        values.append(np.exp(np.interp(np.log(size), sizes, column)))
-    return np.array(values)
-
-
-def _exponents(best: dict[str, dict[str, optima.Optima]]) -> dict[str, dict[str, list[float]]]:
-    """Architecture -> what N and C count -> a of N* = k C^a, with its band where it has one.
-
-    `best`: what N counts -> architecture -> its optima.
-    """
-    exponents = {layers: {} for layers in grid.LAYERS}
-    for size, text in SIZES.items():
-        for layers, each in best[size].items():
-            if law := each.law():
-                band = isoflop.exponent_band(each.resampled)
-                exponents[layers][f"N {text}, C of the model"] = [law.exponent, *band]
-    for layers, each in best["params_matmul"].items():
-        if each.law():
-            law = isoflop.power_law(_at_optimum(each, "flops_6nd"), each.best.size)
-            exponents[layers]["N with the head, C = 6 N D"] = [law.exponent]
-    return exponents
-
-
 def _write(rows: list[dict], options: argparse.Namespace) -> None:
     """Adds rows to those that this and other processes wrote, and makes the pages anew."""
     options.runs.mkdir(parents=True, exist_ok=True)
@@ -166,90 +126,7 @@ def _write(rows: list[dict], options: argparse.Namespace) -> None:
         merged = {_name(**_cell(row)): row for row in [*_known(), *rows]}
         if merged:
             order = ("flops", "width", "seed", "layers")
-            _make(sorted(merged.values(), key=lambda row: [row[field] for field in order]))
-
-
-def _make(found: list[dict]) -> None:
-    readme = HERE / "README.md"
-    counted = {size: _optima(found, size) for size in SIZES}
-    exponents = _exponents({size: each for size, (each, _) in counted.items()})
-    best, noise = counted["params_matmul"]
-    results = {"noise": noise, "exponents": exponents, "runs": found}
-    experiment_record.write_json(RESULTS, results)
-    header = ["FLOPs", "width", "N", *grid.LAYERS, "hybrid - transformer"]
-    experiment_record.write_table(readme, "losses", header, _loss_rows(found))
-    header = ["FLOPs", "architecture", "N*", "D*", "D* / N*", "bits per byte at N*"]
-    rows = [row for layers, each in best.items() for row in _vertex_rows(layers, each)]
-    experiment_record.write_table(readme, "vertices", header, rows)
-    experiment_record.write_text(readme, "verdict", _verdict(found, best, exponents, noise))
-    axes = {"size": "parameters with the head", "loss": "bits per byte, held out"}
-    isoflop_figure.draw(HERE / "figures/isoflop.png", best, **axes)
-
-
-def _loss_rows(found: list[dict]) -> list[list[str]]:
-    rows = []
-    for flops, width in sorted({(row["flops"], row["width"]) for row in found}):
-        cell = {"flops": flops, "width": width}
-        losses = [experiment_runs.figures(found, "loss", layers=x, **cell) for x in grid.LAYERS]
-        pairs = experiment_runs.paired(found, "loss", *({"layers": x, **cell} for x in grid.LAYERS))
-        size = next(row["params_matmul"] for row in found if cell.items() <= row.items())
-        gap = f"{np.mean(pairs[1] - pairs[0]):+.4f}" if len(pairs[0]) else ""
-        shown = [experiment_record.ranged(values) if len(values) else "" for values in losses]
-        rows.append([f"{flops:.0e}", width, f"{size / 1e6:.2f}M", *shown, gap])
-    return rows
-
-
-def _vertex_rows(layers: str, found: optima.Optima) -> list[list[str]]:
-    best = found.best
-    rows = [
-        [f"{c:.0e}", layers, f"{n / 1e6:.2f}M", f"{d / 1e6:.1f}M", f"{d / n:.0f}", f"{loss:.4f}"]
-        for c, n, d, loss in zip(best.flops, best.size, _at_optimum(found, "tokens"), best.loss)
-    ]
-    return rows + [[f"{flops:.0e}", layers, "not inside", *[""] * 3] for flops in best.dropped]
-
-
-def _verdict(found: list[dict], best: dict, exponents: dict, noise: float) -> str:
-    pairs = [[], []]
-    for flops, width in sorted({(row["flops"], row["width"]) for row in found}):
-        cells = ({"layers": x, "flops": flops, "width": width} for x in grid.LAYERS)
-        for side, values in zip(pairs, experiment_runs.paired(found, "loss", *cells)):
-            side.extend(values)
-    sentences = [f"{experiment_record.effort(found)} **Verdict.**"]
-    for layers, laws in exponents.items():
-        shown = [
-            f"{a:.2f}" + (f" ({band[0]:.2f} to {band[1]:.2f})" if band else "") + f" for {name}"
-            for name, (a, *band) in laws.items()
-        ]
-        sentences.append(
-            f"N* of the {layers} grows as C^a, a = {', '.join(shown)}."
-            if shown
-            else f"No exponent of the {layers} yet: it needs two budgets with an optimum inside."
-        )
-    if len(pairs[0]) > 1:
-        told = statistics.verdict(*map(np.array, pairs), names=tuple(grid.LAYERS))
-        sentences.append(f"At equal FLOPs and sizes, in bits per byte: {told}.")
-    if len(best) > 1:
-        sentences += _at_best(*(best[layers] for layers in grid.LAYERS))
-    return " ".join(sentences) + f" Bands are 95 %, for {noise:.4f} bits per byte between seeds."
-
-
-def _at_best(transformer: optima.Optima, hybrid: optima.Optima) -> list[str]:
-    """The difference at equal FLOPs, each at its best size; the FLOPs for equal losses."""
-    budgets, rows, others = np.intersect1d(
-        transformer.best.flops, hybrid.best.flops, return_indices=True
-    )
-    gaps = hybrid.best.loss[others] - transformer.best.loss[rows]
-    shown = ", ".join(f"{gap:+.4f} with {flops:.0e}" for flops, gap in zip(budgets, gaps))
-    found = [f"Each at its best size, the hybrid less the transformer: {shown}."] if shown else []
-    ratios = [
-        f"{x.ratio:.2f} ({x.band[0]:.2f} to {x.band[1]:.2f}) at its loss with {x.flops:.0e}"
-        for x in optima.savings(hybrid, transformer)
-    ]
-    if ratios:
-        found.append(
-            f"The transformer needs so many times the hybrid's FLOPs: {', '.join(ratios)}."
-        )
-    return found
+            page.write(sorted(merged.values(), key=lambda row: [row[field] for field in order]))
 
 
 if __name__ == "__main__":

@@ -21,21 +21,25 @@ def draw(
     with experiment_record.panels(path, 2, size=(10, 4)) as (left, right):
         for number, (name, optima) in enumerate(found.items()):
             marker, line = MARKERS[number % len(MARKERS)], LINES[number % len(LINES)]
-            _losses(left, name, optima, colors, marker, line)
+            _losses(left, optima, colors, marker, line)
             _growth(right, name, optima, marker, line)
+        for budget, color in colors.items():
+            left.plot([], [], color=color, label=f"{budget:.0e} FLOPs")
         left.set(xlabel=size, ylabel=loss, xscale="log")
-        left.legend(frameon=False, fontsize=7)
+        left.legend(frameon=False, fontsize=8)
         right.set(xlabel="training FLOPs", ylabel="best size N*")
         if any(len(optima.best.flops) for optima in found.values()):
             right.set(xscale="log", yscale="log")
+            right.set_xticks(budgets, [f"{budget:.0e}" for budget in budgets])
+            right.set_xticks([], minor=True)
             right.legend(frameon=False, fontsize=8)
 
 
-def _losses(panel, name: str, optima: Optima, colors: dict, marker: str, line: str) -> None:
+def _losses(panel, optima: Optima, colors: dict, marker: str, line: str) -> None:
     for budget in np.unique(optima.runs["flops"]):
         rows = tables.where(optima.runs, flops=budget)
         style = dict(color=colors[budget], marker=marker, ms=4, ls="", mfc="none")
-        panel.plot(rows["size"], rows["loss"], label=f"{name}, {budget:.0e} FLOPs", **style)
+        panel.plot(rows["size"], rows["loss"], **style)
     best = optima.best
     for budget, size, loss, bend in zip(best.flops, best.size, best.loss, best.curvature):
         across = np.geomspace(size / 4, size * 4, 60)
